@@ -1,0 +1,128 @@
+"""``gateplug fold CKPT OUT``: from a checkpoint to the plain network, as weights or as an exported program."""
+
+import argparse
+import importlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gateplug
+from gateplug.cli.errors import UserError
+from gateplug.cli.record import EXAMPLE_KEY, MODEL_KEY, build_example
+from gateplug.core import PlugError, fold, load
+
+
+def fold_checkpoint(args: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: If the checkpoint cannot be opened, the output exists or has another ending, or export fails.
+    """
+    parser = argparse.ArgumentParser("gateplug fold", description="Write the plain network of a checkpoint.")
+    parser.add_argument("checkpoint", type=Path, help="written by `gateplug fit`")
+    parser.add_argument("out", type=Path, help="NAME.safetensors (config.json is put beside it) or NAME.pt2")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="PACKAGE.NAME",
+        help="a class or function of your own that the checkpoint names; a name is never imported from a file alone",
+    )
+    given = parser.parse_args(args)
+    outputs = _outputs(given.out, given.overwrite)
+    checkpoint = _read(given.checkpoint)
+    try:
+        net = fold(load(given.checkpoint, register=[_import(name) for name in given.register]))
+    except (PlugError, ValueError, TypeError, RuntimeError) as error:
+        hint = " On the command line: `--register PACKAGE.NAME`." if "register=" in str(error) else ""
+        raise UserError(f"{given.checkpoint} cannot be folded: {error}.{hint}") from error
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    if given.out.suffix == ".safetensors":
+        _write_weights(net, checkpoint, *outputs)
+    else:
+        _export(net, checkpoint, given.out)
+    print("wrote " + ", ".join(str(path) for path in outputs))
+
+
+def _outputs(out: Path, overwrite: bool) -> list[Path]:
+    if out.suffix not in (".safetensors", ".pt2"):
+        raise UserError(f"OUT is {str(out)!r}; its ending must be .safetensors (weights) or .pt2 (exported program).")
+    outputs = [out, out.parent / "config.json"] if out.suffix == ".safetensors" else [out]
+    exist = [str(path) for path in outputs if path.exists()]
+    if exist and not overwrite:
+        raise UserError(f"{' and '.join(exist)} would be overwritten. Choose another folder, or add `--overwrite`.")
+    return outputs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        raise UserError(f"There is no checkpoint {str(path)!r}.{' Here are: ' + ', '.join(near) + '.' if near else ''}")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file that is no checkpoint makes of torch.load
+        raise UserError(f"{str(path)!r} is no checkpoint that can be read safely: {error}") from error
+    return checkpoint
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--register {path}: it cannot be imported ({error}).") from error
+
+
+def _write_weights(net: nn.Module, checkpoint: dict[str, Any], weights: Path, config: Path) -> None:
+    from safetensors.torch import save_model
+
+    save_model(net, str(weights))  # keeps tied weights once
+    # The config of a Hugging Face network as its own `save_pretrained` writes it; what plugs changed is beside it.
+    settings: Any = getattr(net, "config", None)
+    described: dict[str, Any] = json.loads(settings.to_json_string()) if hasattr(settings, "to_json_string") else {}
+    described["gateplug"] = {
+        "version": gateplug.__version__,
+        "model": checkpoint.get(MODEL_KEY),
+        "example": checkpoint.get(EXAMPLE_KEY),
+        **checkpoint.get("gateplug", {"plugs": []}),
+    }
+    config.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain_output(net: nn.Module, args: Any, output: Any) -> Any:
+    """Give a Hugging Face output as a plain dict: an exported program then loads without transformers."""
+    return {k: v for k, v in output.items() if v is not None} if isinstance(output, Mapping) else output
+
+
+def _export(net: nn.Module, checkpoint: dict[str, Any], out: Path) -> None:
+    example = checkpoint.get(EXAMPLE_KEY)
+    if example is None:
+        raise UserError(
+            "The checkpoint does not say what the network is called with (`gateplug fit` writes that when the network"
+            " is one sub-module of the LightningModule). Use `torch.export` in Python, or OUT.safetensors."
+        )
+    try:
+        # Two samples: torch.export takes a size of 1 for a constant.
+        args, kwargs = build_example(example, batch=2)
+        net.register_forward_hook(_plain_output)
+        names = inspect.signature(net.forward).bind(*args, **kwargs).arguments
+        shapes = {name: _free_batch(value) for name, value in names.items()}
+        program = torch.export.export(net, args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export has no one exception of its own
+        raise UserError(f"torch.export refuses the network: {type(error).__name__}: {error}") from error
+    torch.export.save(program, out)
+
+
+def _free_batch(value: Any) -> Any:
+    """Let the first dimension of every tensor vary, where the network allows it (AUTO falls back to a constant)."""
+    if isinstance(value, torch.Tensor):
+        return {0: torch.export.Dim.AUTO} if value.dim() else None
+    if isinstance(value, dict):
+        return {key: _free_batch(item) for key, item in value.items()}
+    return type(value)(_free_batch(item) for item in value) if isinstance(value, (list, tuple)) else None

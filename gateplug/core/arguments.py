@@ -1,0 +1,91 @@
+"""Constructor arguments as plain Python, for a checkpoint, and back.
+
+A checkpoint is read with `weights_only=True`, so an argument that is a class, a function or a module is written as its
+name. A name from a file is never imported: it is looked up among torch's layers, Hugging Face's activations, gateplug's own
+public names, and what the caller hands in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from gateplug.core.errors import PlugError, listed
+
+Registered = Mapping[str, object]
+
+
+def encode(value: Any) -> Any:
+    """Write a value as numbers, texts, None, lists and dicts.
+
+    Classes and functions become `{"name": …}`, modules `{"module": …, "arguments": …}`. What cannot be built again (a
+    lambda, a local function) becomes `{"lost": …}`: it can be compared and read, and :func:`decode` refuses it by name.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): encode(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(v) for v in value]
+    if isinstance(value, nn.Module):
+        names = [p.name for p in inspect.signature(type(value).__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        names = [n for n in names[1:] if n in value.__dict__]
+        return {"module": _name(type(value)), "arguments": {n: encode(getattr(value, n)) for n in names}}
+    name = _name(value)
+    if name is None or "<" in name:
+        # no address of an object in it: a run resumed in another process writes the same
+        return {"lost": name or f"an object of class {type(value).__qualname__}"}
+    return {"name": name}
+
+
+def decode(value: Any, register: Iterable[object] = ()) -> Any:
+    """Build a value again from what :func:`encode` wrote.
+
+    Args:
+        value: as in the checkpoint.
+        register: classes and functions of the caller's own that may be named.
+
+    Raises:
+        PlugError: a name is not known, or the value could not be written when the checkpoint was.
+    """
+    if isinstance(value, list):
+        return [decode(v, register) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"name"}:
+        return resolve(value["name"], register)
+    if set(value) == {"module", "arguments"}:
+        return resolve(value["module"], register)(**decode(value["arguments"], register))
+    if set(value) == {"lost"}:
+        raise PlugError(f"the argument {value['lost']} cannot be stored in a checkpoint: give the plug to gp.load(…, plugs=[…])")
+    return {k: decode(v, register) for k, v in value.items()}
+
+
+def resolve(name: str, register: Iterable[object] = ()) -> Any:
+    """Find the class or function of a full name without importing anything that the name says.
+
+    Raises:
+        PlugError: it is not among torch's layers, optimizers and schedulers, Hugging Face's activations, gateplug's names
+            and `register`.
+    """
+    own = {_name(thing): thing for thing in register}
+    if name in own:
+        return own[name]
+    last = name.rpartition(".")[2]
+    for package in ("gateplug", "torch.nn", "torch.optim", "torch.optim.lr_scheduler", "transformers.activations"):
+        thing = getattr(sys.modules.get(package), last, None)
+        if thing is not None and callable(thing) and name in {_name(thing), f"{package}.{last}"}:
+            return thing
+    raise PlugError(
+        f"{name} is named in the checkpoint, and no name from a file is imported: hand it in with register=[…]. "
+        f"Registered are: {listed(n for n in own if n)}"
+    )
+
+
+def _name(thing: Any) -> str | None:
+    name = getattr(thing, "__qualname__", None)
+    return f"{thing.__module__}.{name}" if name else None

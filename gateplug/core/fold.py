@@ -1,0 +1,75 @@
+"""The way out: from a trained, plugged module to the plain network."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lightning import LightningModule
+from torch import nn
+
+from gateplug.core.edit import all_records, records
+from gateplug.core.errors import PlugError, listed
+from gateplug.core.objective import Objective
+from gateplug.core.wrap import Wrapped
+
+
+def fold(module: nn.Module) -> nn.Module:
+    """Make the plain `nn.Module` that was trained: no hooks, no Lightning, no plugs, the same output in eval mode.
+
+    Args:
+        module: a network or a LightningModule, with or without plugs; it is copied and stays as it is. Of a LightningModule
+            whose parameters all lie in one sub-module (`self.net`) that sub-module comes back; of any other, a plain module
+            with the same children and the same `forward`.
+
+    Returns:
+        A copy, in eval mode, on the same device, that `torch.export` takes if it takes the network without plugs.
+
+    Raises:
+        PlugError: a LightningModule without a forward of its own holds parameters in several sub-modules.
+    """
+    folded = copy.deepcopy(_without_run(module))
+    for _, root, _ in all_records(folded):
+        for record in records(root):
+            for edit in record.edits:
+                edit.fold(root)
+        root.__dict__.pop("_gateplug_records", None)
+    return _plain(folded).eval()
+
+
+def _without_run(module: nn.Module) -> nn.Module:
+    """A shallow stand-in without what a running Trainer has put on the module, so that none of it is copied."""
+    shell = copy.copy(module)
+    shell.__dict__ = {k: v for k, v in module.__dict__.items() if not isinstance(v, Wrapped | Objective)}
+    if isinstance(shell, LightningModule):
+        shell.__dict__.update(_trainer=None, _fabric=None)
+    return shell
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    if not isinstance(module, LightningModule):
+        return module
+    holders = [child for child in module.children() if any(True for _ in child.parameters())]
+    if len(holders) == 1 and not module._parameters:
+        return holders[0]
+    if type(module).forward is LightningModule.forward:
+        names = [name for name, child in module.named_children() if child in holders]
+        raise PlugError(
+            f"{type(module).__name__} has no forward and holds parameters in several parts ({listed(names)}): "
+            "fold the part that you need, e.g. gp.fold(module.net), or give the module a forward"
+        )
+    return _stripped(module)
+
+
+def _stripped(module: LightningModule) -> nn.Module:
+    """The user's class with Lightning taken out: the attributes that its own bases define, over nn.Module."""
+    own: dict[str, Any] = {}
+    for base in reversed(type(module).__mro__):
+        if not issubclass(base, LightningModule) or base.__module__.startswith("lightning."):
+            continue
+        own.update({k: v for k, v in vars(base).items() if k not in ("__dict__", "__weakref__", "__init__", "__slots__")})
+    cls = type(type(module).__name__, (nn.Module,), {**own, "__module__": __name__})
+    plain: nn.Module = cls()
+    lightning = set(LightningModule().__dict__) - set(nn.Module().__dict__)
+    plain.__dict__.update({k: v for k, v in module.__dict__.items() if k not in lightning})
+    return plain

@@ -1,0 +1,98 @@
+"""What a gate is: a module that lets a part of something through, can say how open it is, and can be worked in for good."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gateplug.core.objective import Injection, in_backward
+
+
+@dataclass(frozen=True)
+class Openness:
+    """How open a gate is: `values` in [0, 1], one name per axis of `values` in `axes`, e.g. `("unit",)`."""
+
+    values: Tensor
+    axes: tuple[str, ...]
+
+
+class Gate(nn.Module):
+    """Base of every gate.
+
+    A gate whose openness depends on the data calls :meth:`record` in its forward; it costs nothing unless somebody (the
+    GateMonitor) has set `recording`. A gate whose openness is a state overrides :meth:`openness`.
+    """
+
+    room: ClassVar[str] = ""
+    """The folder of the method, first part of its TensorBoard names."""
+    axes: ClassVar[tuple[str, ...]] = ("unit",)
+    recording: bool = False
+    injection: Injection | None = None
+    """Where a plug with a loss term deep in the network puts it in; None outside of a training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sum: Tensor | None = None
+        self._rows = 0
+
+    def record(self, values: Tensor) -> None:
+        """Add a batch of opennesses `(…, *axes)`, in [0, 1], to the running sums, once per batch.
+
+        A layer that activation checkpointing runs a second time in backward is not counted again.
+        """
+        if in_backward():
+            return
+        rows = values.detach().reshape(-1, *values.shape[values.dim() - len(self.axes) :])
+        total = rows.sum(0, dtype=torch.float32)
+        self._sum = total if self._sum is None else self._sum + total
+        self._rows += len(rows)
+
+    def openness(self) -> Openness | None:
+        """Mean over all that was recorded since :meth:`reset`, or None when nothing was."""
+        if self._sum is None:
+            return None
+        return Openness(self._sum / max(self._rows, 1), self.axes)
+
+    def reset(self) -> None:
+        """Forget what was recorded."""
+        self._sum, self._rows = None, 0
+
+    def before_load(self, state: dict[str, Tensor], name: str) -> None:
+        """Take the shape that a checkpoint has for this gate, just before the strict load of its weights.
+
+        Args:
+            state: the checkpoint's state dict, whole.
+            name: this gate's name in it.
+        """
+
+    def folded(self) -> nn.Module:
+        """The module that stays in the place of a gate that replaced a layer: itself, recording off."""
+        self.recording, self.injection = False, None
+        self.reset()
+        return self
+
+    def fold(self, layer: nn.Module) -> nn.Module:
+        """The plain module that computes what `layer` with this gate on its output computes in eval mode."""
+        return nn.Sequential(OrderedDict(layer=layer, gate=self.folded()))
+
+
+class RunGate:
+    """Forward hook that sends a layer's output, or the first part of a tuple, through the layer's own gate."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        """Return the gated output, in the form of `output`."""
+        gate = layer._modules[self.name]
+        assert gate is not None
+        if isinstance(output, Tensor):
+            return gate(output)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            first = gate(output[0])
+            return type(output)(first, *output[1:]) if hasattr(output, "_fields") else (first, *output[1:])
+        raise TypeError(f"a gate needs a layer that returns a tensor or a tuple that begins with one, not {type(output)}")

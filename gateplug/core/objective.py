@@ -1,0 +1,153 @@
+"""The one place where a loss term or a gradient enters a training.
+
+A *term* is a value that is added to the loss that `training_step` returns. An *injection* is for a term that is computed
+deep inside the network: an identity at that place whose backward adds the term's own gradient, times the factor by which
+the loss of the running backward pass was multiplied (1 / accumulation, the GradScaler's scale). That factor is the gradient
+that arrives at the loss itself, and it arrives before anything else in that backward pass. Both ways give the same
+gradient; only the injection keeps it when reentrant activation checkpointing runs the layer under `no_grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gateplug.core.wrap import unwrap, wrap
+
+_SLOT = "_gateplug_objective"
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread: a layer that runs now is being recomputed."""
+    current: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and current() != -1
+
+
+class Injection:
+    """What the places of injection and the loss of one module share: the scale of this backward, the values of this step."""
+
+    def __init__(self) -> None:
+        self.scale: Tensor | None = None
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, x: Tensor, name: str, term: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return `x` and, in backward, add the gradient of `term(x)` to its gradient.
+
+        Args:
+            x: any shape; what the term is a function of.
+            name: under which the term's value is logged, `<room>/<term>`; values of one name add up over the layers.
+            term: a scalar of `x`, weighted already. It is computed in float32 or more, outside of autocast.
+        """
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
+            value = term(leaf)
+            (gradient,) = torch.autograd.grad(value, leaf)
+        if not in_backward():
+            value = value.detach()
+            self.values[name] = self.values[name] + value if name in self.values else value
+        injected: Tensor = _Inject.apply(x, gradient, self)  # type: ignore[no-untyped-call]
+        return injected
+
+    def watch(self, loss: Tensor) -> None:
+        """Learn the scale from the gradient that will arrive at `loss`."""
+        if loss.requires_grad:
+            loss.register_hook(self._learn)  # type: ignore[no-untyped-call]
+
+    def _learn(self, gradient: Tensor) -> None:
+        self.scale = gradient.detach()
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor, injection: Injection) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.injection = injection
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        scale = ctx.injection.scale
+        # without a watched loss (a loop of somebody's own that calls loss.backward()) the loss counts once
+        scaled = gradient if scale is None else gradient * scale.to(gradient)
+        return grad_out + scaled.to(grad_out.dtype), None, None
+
+
+class Terms(Protocol):
+    """Who adds to an objective: a plug."""
+
+    @property
+    def room(self) -> str:
+        """First part of the names under which the terms are logged."""
+
+    def terms(self, module: nn.Module) -> Mapping[str, Tensor]:
+        """Weighted scalar terms of this step, by name."""
+
+
+class Objective:
+    """The loss of one module with everything that plugs add to it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.injection = Injection()
+        self.sources: list[Terms] = []
+
+    @staticmethod
+    def of(module: nn.Module) -> Objective:
+        """The objective of `module`, made on the first call."""
+        found = module.__dict__.get(_SLOT)
+        if not isinstance(found, Objective):
+            found = module.__dict__[_SLOT] = Objective(module)
+        return found
+
+    def join(self, source: Terms) -> None:
+        """Let a plug add its terms; in a LightningModule they enter around `training_step`."""
+        if source not in self.sources:
+            self.sources.append(source)
+        if hasattr(self.module, "training_step"):
+            wrap(self.module, "training_step", self, self.around_step)
+
+    def leave(self, source: Terms) -> None:
+        """Take a plug's terms out; the last one to leave takes everything off the module."""
+        self.sources = [other for other in self.sources if other is not source]
+        if not self.sources:
+            unwrap(self.module, self)
+            self.module.__dict__.pop(_SLOT, None)
+
+    def total(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add all terms to `loss`.
+
+        Returns:
+            The sum, which backward must start from, and the detached value of each term and injection by `<room>/<term>`.
+        """
+        values, self.injection.values = self.injection.values, {}
+        for source in self.sources:
+            for name, value in source.terms(self.module).items():
+                loss = loss + value.to(loss.device)
+                values[f"{source.room}/{name}"] = value.detach()
+        self.injection.watch(loss)
+        return loss, values
+
+    def around_step(self, step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Stand around `training_step`: a tensor or a mapping with "loss" gets the terms, None (a skipped batch) stays."""
+        self.injection.values, self.injection.scale = {}, None
+        out = step(*args, **kwargs)
+        loss = out.get("loss") if isinstance(out, Mapping) else out
+        if not isinstance(loss, Tensor):
+            return out
+        total, values = self.total(loss)
+        samples = batch_size(args[0] if args else next(iter(kwargs.values()), None))
+        for name, value in values.items():
+            self.module.log(name, value, batch_size=samples)  # type: ignore[operator]
+        return {**out, "loss": total} if isinstance(out, Mapping) else total
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: the length of the first tensor found in it, 1 if there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((batch_size(p) for p in parts if isinstance(p, Tensor | Mapping | list | tuple)), 1)

@@ -1,0 +1,30 @@
+"""Data modules whose order, split and augmentation are functions of (seed, epoch, index)."""
+
+from gateplug.data.augment import Augmentation, Compose, Cutout, RandomAffine, RandomCrop, RandomFlip
+from gateplug.data.digits import Digits
+from gateplug.data.images import ImageData
+from gateplug.data.loader import ExactLoader, exact_loader
+from gateplug.data.module import ExactDataModule
+from gateplug.data.order import EpochIndex, EpochSampler
+from gateplug.data.randomness import permutation, sample_keys, uniform
+from gateplug.data.text import TextData
+
+__all__ = [
+    "Augmentation",
+    "Compose",
+    "Cutout",
+    "Digits",
+    "EpochIndex",
+    "EpochSampler",
+    "ExactDataModule",
+    "ExactLoader",
+    "ImageData",
+    "RandomAffine",
+    "RandomCrop",
+    "RandomFlip",
+    "TextData",
+    "exact_loader",
+    "permutation",
+    "sample_keys",
+    "uniform",
+]

@@ -1,0 +1,131 @@
+"""What ReplaceFFN does to one block, as edits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gateplug.core.edit import Edit, Record, Replace, SetAttribute
+from gateplug.core.fresh import initialise, seeded
+from gateplug.glu.blocks import FeedForward
+from gateplug.glu.functional import VARIANTS, nearest_start, warm_start
+from gateplug.glu.layers import GatedProduct, PlainActivation, RecomputingDown
+
+
+def gated(
+    root: nn.Module,
+    block: FeedForward,
+    gate: str,
+    hidden: int,
+    warm: bool | Literal["nearest"] = False,
+    bias: bool | None = None,
+    recompute: bool = False,
+) -> list[Edit]:
+    """Edits that make a plain block a gated one.
+
+    Args:
+        root: the model.
+        block: which block of it.
+        gate: activation of the gate branch.
+        hidden: width of the gated block; where it differs from the block's, the second layer is fresh as well.
+        warm: start from the block's weights, see `ReplaceFFN`.
+        bias: of both branches, None for as it is.
+        recompute: keep less for backward.
+
+    Raises:
+        ValueError: a warm start that is not exact, or that needs a bias and must not have one.
+    """
+    first, second = root.get_submodule(block.first), root.get_submodule(block.second)
+    weight, b_in = first.weight, first.bias
+    assert isinstance(weight, Tensor)
+    start, note = None, "fresh"
+    if warm:
+        start, note = _start(weight if isinstance(first, nn.Linear) else weight.T, b_in, block, gate, warm)  # type: ignore[arg-type]
+        needs = any(bool(b.any()) for b in start[1::2])
+        if bias is False and needs:
+            raise ValueError(f"the warm start of {block.first} needs a bias in the gated branches: bias=False cannot have it")
+        bias = needs or b_in is not None if bias is None else bias
+    bias = b_in is not None if bias is None else bias
+    with seeded(block.first, weight.device):
+        product = GatedProduct(block.dim, hidden, gate, bias, recompute, weight.device, weight.dtype)
+        initialise(root, block.first, product)
+    if start is not None:
+        with torch.no_grad():
+            product.gate.weight.copy_(start[0])
+            product.up.weight.copy_(start[2])
+            if bias:
+                product.gate.bias.copy_(start[1])
+                product.up.bias.copy_(start[3])
+    name = next((v for v, a in VARIANTS.items() if a == gate), f"gated {gate}")
+    what = f"{sizes(block)} {block.activation or 'activation'} → {name} {block.dim}→2·{hidden}→{block.out}, {note}"
+    edits: list[Edit] = [Replace(block.first, product, what), replace_activation(root, block, nn.Identity())]
+    last = second if hidden == block.hidden else fresh_linear(root, block.second, hidden, block.out)
+    last = RecomputingDown(last, gate) if recompute else last
+    return edits if last is second else [*edits, Replace(block.second, last)]
+
+
+def _start(
+    weight: Tensor, bias: Tensor | None, block: FeedForward, gate: str, warm: bool | str
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], str]:
+    weight = weight.detach()
+    bias = None if bias is None else bias.detach()
+    try:
+        if block.activation is None:
+            raise ValueError(f"{block.slot} computes no known activation: its block has no exact warm start")
+        return warm_start(weight, bias, block.activation, gate), "warm"
+    except ValueError as error:
+        if warm != "nearest" or block.activation is None:
+            raise ValueError(f"{block.first}: {error}") from None
+        start, off = nearest_start(weight, bias, block.activation, gate)
+        return start, f"nearest start, hidden units off by {100 * off:.2g} %"
+
+
+def plain(root: nn.Module, block: FeedForward, act: str | None) -> list[Edit]:
+    """Edits that give a plain block fresh weights, and another activation if `act` names one."""
+    what = f"{sizes(block)} {block.activation or 'activation'} → {act or 'the same'}, fresh"
+    edits: list[Edit] = [
+        Replace(block.first, fresh_linear(root, block.first, block.dim, block.hidden), what),
+        Replace(block.second, fresh_linear(root, block.second, block.hidden, block.out)),
+    ]
+    return edits if act is None else [*edits, replace_activation(root, block, PlainActivation(act))]
+
+
+def replace_activation(root: nn.Module, block: FeedForward, new: nn.Module) -> Edit:
+    """Edit that puts `new` in the place of a block's activation, a module or a function, and of no other."""
+    if block.attribute in root.get_submodule(block.holder)._modules:
+        return Replace(block.slot, new, everywhere=False)
+    return SetAttribute(block.holder, block.attribute, new)
+
+
+def fresh_linear(root: nn.Module, name: str, d_in: int, d_out: int) -> nn.Module:
+    """A dense layer of the kind that stands at `name`, with other widths and fresh weights."""
+    old = root.get_submodule(name)
+    weight = old.weight
+    assert isinstance(weight, Tensor)
+    with seeded(name, weight.device):
+        new = nn.Linear(d_in, d_out, old.bias is not None) if isinstance(old, nn.Linear) else type(old)(d_out, d_in)
+        new = new.to(weight.device, weight.dtype)
+        initialise(root, name, new)
+    return new
+
+
+def sizes(block: FeedForward) -> str:
+    """`64→256→64`."""
+    return f"{block.dim}→{block.hidden}→{block.out}"
+
+
+def cost_change(root: nn.Module, record: Record) -> dict[str, tuple[int, int]]:
+    """What an attached record changed: parameters of the model and of the replaced layers, and MACs a token of the latter."""
+    pairs = [(e.original, e.new) for e in record.edits if isinstance(e, Replace) and e.original is not None]
+    old = sum(p.numel() for o, _ in pairs for p in o.parameters())
+    new = sum(p.numel() for _, n in pairs for p in n.parameters())
+    total = sum(p.numel() for p in root.parameters())
+    # a dense layer costs one multiply-accumulate per weight and token
+    macs = [sum(p.numel() for m in side for p in m.parameters() if p.dim() == 2) for side in zip(*pairs, strict=True)]
+    return {
+        "parameters of the model": (total - new + old, total),
+        "parameters of the replaced layers": (old, new),
+        "MACs a token of the replaced layers": (macs[0], macs[1]),
+    }

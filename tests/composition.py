@@ -1,0 +1,20 @@
+"""Which plugs go together: one cell per pair of the plugs in the battery. The docs show this table as it stands here."""
+
+from __future__ import annotations
+
+TOGETHER = "together"
+
+_SAME_BLOCK = "both change the activation of a feed-forward: give them different layers"
+
+CELLS: dict[frozenset[str], str] = {
+    frozenset({"ReplaceFFN", "ReplaceActivation"}): _SAME_BLOCK,
+    frozenset({"ReplaceFFN", "GateMonitor"}): TOGETHER,
+    frozenset({"ReplaceFFN", "ToyPlug"}): f"{TOGETHER}, ReplaceFFN first",
+    frozenset({"ReplaceActivation", "GateMonitor"}): TOGETHER,
+    frozenset({"ReplaceActivation", "ToyPlug"}): TOGETHER,
+    frozenset({"GateMonitor", "ToyPlug"}): TOGETHER,
+}
+"""A pair of names -> `TOGETHER`, `together, NAME first` where the order in the callbacks matters, or why it is refused."""
+
+TEST_ONLY = {"ToyPlug"}
+"""Plugs that exist for the tests; the docs leave them out."""

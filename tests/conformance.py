@@ -1,0 +1,76 @@
+"""What every plug must survive, as one battery. A room registers its plug with one line in `CASES`.
+
+DESIGN: the table "What works means". The checks themselves are in `test_conformance.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+import gateplug as gp
+from tests.plugs import ToyPlug
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plug in the battery.
+
+    Attributes:
+        make: fresh callbacks; the last one is the plug under test, those before it what it needs to have something to do.
+        bad: constructor arguments that must be refused: (arguments, error, text that its message must contain).
+        register: classes that `gp.load` must be told of.
+    """
+
+    make: Callable[[], list[Any]]
+    bad: list[tuple[dict[str, Any], type[Exception], str]] = field(default_factory=list)
+    register: tuple[type, ...] = ()
+
+    def plug(self) -> gp.Plug:
+        """The plug under test."""
+        return self.make()[-1]
+
+
+CASES: dict[str, Case] = {
+    "ReplaceFFN": Case(
+        lambda: [gp.ReplaceFFN("swiglu")],
+        bad=[
+            ({"variant": "swiglo"}, ValueError, "Did you mean 'swiglu'"),
+            ({"match": "size"}, ValueError, "'parameters'"),
+            ({"warm_start": True}, ValueError, "match='width'"),
+            ({"warm_start": "exact", "match": "width"}, ValueError, "'nearest'"),
+            ({"warm_start": True, "match": "width", "variant": "ffn"}, ValueError, "plain block"),
+            ({"multiple_of": 0}, ValueError, "≥ 1"),
+            ({"lr_scale": -1.0}, ValueError, "≥ 0"),
+            ({"layers": "decoder.*"}, gp.PlugError, "finds no layer"),
+            ({"layers": 3}, TypeError, "way to name layers"),
+        ],
+    ),
+    "ReplaceActivation": Case(
+        lambda: [gp.ReplaceActivation(nn.ReLU, gp.TemperedSigmoid(trainable=True))],
+        bad=[
+            ({"old": "relo"}, ValueError, "allowed are"),
+            ({"old": nn.ReLU()}, TypeError, "nn.ReLU"),
+            ({"new": "tanh"}, TypeError, "gp.TemperedSigmoid"),
+            ({"new": lambda: 3}, TypeError, "no module"),
+            ({"old": nn.GELU}, gp.PlugError, "finds no GELU"),
+            ({"layers": "decoder.*"}, gp.PlugError, "finds no layer"),
+        ],
+    ),
+    "GateMonitor": Case(
+        lambda: [gp.ReplaceFFN("geglu"), gp.GateMonitor(every_n_steps=3)],
+        bad=[({"every_n_steps": 0}, ValueError, "≥ 1")],
+    ),
+    "ToyPlug": Case(
+        lambda: [ToyPlug()],
+        bad=[
+            ({"sparsity": -0.1}, ValueError, "≥ 0"),
+            ({"lr_scale": float("nan")}, ValueError, "finite"),
+            ({"layers": "nothing"}, gp.PlugError, "finds no layer"),
+        ],
+        register=(ToyPlug,),
+    ),
+}

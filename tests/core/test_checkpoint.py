@@ -1,0 +1,185 @@
+"""gp.load and gp.fold beyond the battery: names from files, several parts, plugs on a part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gateplug as gp
+from gateplug.core.arguments import decode, encode, resolve
+from gateplug.core.checkpoint import instantiate
+from tests.modules import Net, UserModule, digits, loader, trainer
+from tests.plugs import ToyPlug
+
+
+def saved(tmp_path: Path, *plugs: gp.Plug, module: UserModule | None = None) -> tuple[UserModule, Path]:
+    module = module or UserModule()
+    t = trainer(tmp_path, callbacks=list(plugs), max_epochs=1)
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    return module, tmp_path / "a.ckpt"
+
+
+def test_arguments_go_to_plain_python_and_back() -> None:
+    class Local(nn.Module):
+        pass
+
+    values = [1, 0.5, "x", None, True, [1, 2], {"a": [3]}, nn.ReLU, gp.TemperedSigmoid, nn.LeakyReLU(0.3), nn.Tanh()]
+    for value in values:
+        back = decode(encode(value))
+        assert repr(back) == repr(value)
+    assert isinstance(decode(encode(gp.TemperedSigmoid(1.5, 3.0, 0.2, trainable=True))).scale, nn.Parameter)
+    with pytest.raises(gp.PlugError, match="plugs="):
+        decode(encode(lambda: 1))
+    with pytest.raises(gp.PlugError, match="plugs="):
+        decode(encode(Local))
+
+
+def test_no_name_from_a_file_is_imported() -> None:
+    for name in (
+        "os.system",
+        "builtins.eval",
+        "subprocess.Popen",
+        "torch.nn.functional.relu",
+        "gateplug.core.load",
+        "json.loads",
+    ):
+        with pytest.raises(gp.PlugError, match="no name from a file is imported"):
+            resolve(name)
+    assert resolve("torch.optim.adamw.AdamW") is torch.optim.AdamW
+    assert resolve("tests.plugs.ToyPlug", [ToyPlug]) is ToyPlug
+
+
+def test_a_configuration_from_a_file_builds_only_known_things() -> None:
+    config = {"class_path": "gateplug.GLU", "init_args": {"dim": 4, "hidden": 8, "activation": "silu"}}
+    assert instantiate(config).activation == "silu"
+    make = instantiate({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.3}})
+    assert make([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"] == 0.3
+    with pytest.raises(gp.PlugError):
+        instantiate({"class_path": "os.system", "init_args": {"command": "true"}})
+
+
+def test_a_plug_of_ones_own_must_be_registered(tmp_path: Path) -> None:
+    module, path = saved(tmp_path, ToyPlug(sparsity=0.5))
+    with pytest.raises(gp.PlugError, match="register"):
+        gp.load(path, UserModule())
+    loaded = gp.load(path, UserModule(), register=[ToyPlug])
+    assert torch.equal(loaded.net.blocks[1].fc2.gate.logit, module.net.blocks[1].fc2.gate.logit)
+
+
+def test_a_checkpoint_without_a_stored_module_asks_for_one(tmp_path: Path) -> None:
+    _, path = saved(tmp_path, gp.ReplaceFFN())
+    with pytest.raises(gp.PlugError, match="give `module`"):
+        gp.load(path)
+    torch.save({"weights": 1}, tmp_path / "b.ckpt")
+    with pytest.raises(gp.PlugError, match="no Lightning checkpoint"):
+        gp.load(tmp_path / "b.ckpt", UserModule())
+    with pytest.raises(FileNotFoundError):
+        gp.load(tmp_path / "none.ckpt", UserModule())
+
+
+def test_other_arguments_and_missing_weights_are_told_apart(tmp_path: Path) -> None:
+    _, path = saved(tmp_path, gp.ReplaceFFN("swiglu"))
+    with pytest.raises(gp.PlugError, match="variant='geglu'"):
+        trainer(tmp_path, callbacks=[gp.ReplaceFFN("geglu")]).fit(UserModule(), loader(), ckpt_path=path)
+    _, plain = saved(tmp_path)
+    with pytest.raises(gp.PlugError, match="written without ReplaceFFN"):
+        trainer(tmp_path, callbacks=[gp.ReplaceFFN("swiglu")]).fit(UserModule(), loader(), ckpt_path=plain)
+    # a plug without weights of its own may come later
+    trainer(tmp_path, callbacks=[gp.ReplaceActivation("relu", nn.Tanh)], max_epochs=1).test(
+        UserModule(), loader(), ckpt_path=plain
+    )
+
+
+def test_a_gate_can_take_the_shape_that_a_checkpoint_has(tmp_path: Path) -> None:
+    from tests import plugs
+
+    class Growing(plugs.UnitGate):
+        def before_load(self, state: dict[str, Tensor], name: str) -> None:
+            self.logit = nn.Parameter(torch.zeros_like(state[f"{name}.logit"]))
+
+    class Grows(ToyPlug):
+        def plan(self, module: nn.Module, layers: Any) -> Any:
+            return [plugs.AddGate(n, Growing(m.out_features, 0.0), what="gate") for n, m in layers.items()]
+
+    module = UserModule()
+    plug = Grows()
+    plug.attach(module)
+    for gate in plug.gates(module).values():
+        gate.logit = nn.Parameter(torch.full((1,), 2.0))
+    trainer(tmp_path, callbacks=[plug], max_epochs=1).fit(module, loader())
+    t = trainer(tmp_path, callbacks=[plug], max_epochs=1)
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = gp.load(tmp_path / "a.ckpt", UserModule(), register=[Grows])
+    assert loaded.net.blocks[0].fc2.gate.logit.shape == (1,)
+
+
+def test_after_the_run_the_trainer_still_writes_the_plugs(tmp_path: Path) -> None:
+    _, path = saved(tmp_path, gp.ReplaceFFN("swiglu"))
+    entry = torch.load(path, weights_only=True)["gateplug"]["plugs"][0]
+    assert entry["class"] == "ReplaceFFN"
+    assert entry["arguments"]["variant"] == "swiglu"
+    assert list(entry["layers"]) == ["net.blocks.0.fc1", "net.blocks.1.fc1"]
+
+
+def test_a_plug_attached_by_hand_to_a_part_is_adopted_saved_and_restored(tmp_path: Path) -> None:
+    def made() -> UserModule:
+        torch.manual_seed(0)
+        module = UserModule()
+        gp.ReplaceFFN("swiglu").attach(module.net)
+        return module
+
+    module, path = saved(tmp_path, gp.ReplaceFFN("swiglu"), module=made())
+    assert list(module.state_dict()) == list(made().state_dict())
+    with pytest.raises(gp.PlugError, match="by hand"):
+        gp.load(path, UserModule())
+    trainer(tmp_path, callbacks=[gp.ReplaceFFN("swiglu")], max_epochs=2).fit(made(), loader(), ckpt_path=path)
+    with pytest.raises(gp.PlugError, match="detach"):
+        gp.ReplaceFFN("swiglu", recompute=True).attach(module)
+
+
+class TwoParts(L.LightningModule):
+    """Parameters in two sub-modules and a forward that calls a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.scale = Net(), nn.Linear(10, 3), 2.0
+        self.register_buffer("shift", torch.ones(3))
+
+    def mix(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)) * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x) + self.shift
+
+
+def test_fold_of_a_module_with_several_parts_keeps_its_forward() -> None:
+    module = TwoParts()
+    gp.ReplaceFFN().attach(module)
+    plain = gp.fold(module)
+    x = digits(2)[:][0]
+    assert not isinstance(plain, L.LightningModule)
+    assert torch.equal(plain(x), module.eval()(x))
+    assert list(plain.state_dict()) == list(module.state_dict())
+    torch.export.export(plain, (x,))
+    blind = type("Blind", (L.LightningModule,), {})()
+    blind.a, blind.b = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(gp.PlugError, match="fold the part"):
+        gp.fold(blind)
+
+
+def test_fold_of_a_bare_net_and_of_a_net_without_plugs() -> None:
+    net = Net()
+    assert torch.equal(gp.fold(net)(digits(2)[:][0]), net(digits(2)[:][0]))
+    plug = ToyPlug()
+    plug.attach(net)
+    plain = gp.fold(net)
+    assert not any(m._forward_hooks for m in plain.modules())
+    assert torch.equal(plain(digits(2)[:][0]), net(digits(2)[:][0]))
+    assert plug.gates(net)

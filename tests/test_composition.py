@@ -1,0 +1,98 @@
+"""Every pair of plugs trains together, or is refused with an error that says why."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import gateplug as gp
+from tests.composition import CELLS, TOGETHER
+from tests.conformance import CASES
+from tests.modules import UserModule, digits, loader, trainer
+from tests.plugs import ToyPlug
+
+PAIRS = [tuple(sorted(pair)) for pair in combinations(CASES, 2)]
+
+
+def make(pair: tuple[str, str]) -> list[Any]:
+    """Both plugs under test; what a monitor needs comes along only where the other plug brings no gates."""
+    first, second = (CASES[name].plug() for name in pair)
+    if "GateMonitor" in pair and not {"ReplaceFFN", "ToyPlug"} & set(pair):
+        return [first, second, ToyPlug()]
+    return [first, second]
+
+
+def test_every_pair_has_a_cell() -> None:
+    assert {frozenset(p) for p in PAIRS} == set(CELLS), "declare the new plug's cells in tests/composition.py"
+
+
+def orders(pair: tuple[str, str]) -> dict[tuple[str, str], str]:
+    """Both orders of a pair, and what the cell says of each: together, wrong order, or refused."""
+    cell = CELLS[frozenset(pair)]
+    if cell == TOGETHER:
+        return {pair: TOGETHER, pair[::-1]: TOGETHER}
+    if cell.startswith(TOGETHER):
+        first = cell.removeprefix(f"{TOGETHER}, ").removesuffix(" first")
+        return {p: TOGETHER if p[0] == first else "wrong order" for p in (pair, pair[::-1])}
+    return {pair: "refused", pair[::-1]: "refused"}
+
+
+ORDERS = {p: cell for pair in PAIRS for p, cell in orders(pair).items()}
+
+
+@pytest.mark.parametrize("pair", [p for p, cell in ORDERS.items() if cell == TOGETHER], ids="+".join)
+def test_together_they_train_resume_and_fold(pair: tuple[str, str], tmp_path: Path) -> None:
+    def run(**kwargs: Any) -> UserModule:
+        L.seed_everything(1, verbose=False)
+        module = UserModule(lr=0.05, dropout=0.1)
+        steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
+        plugs = [*make(pair), gp.ExactResume(), steps]
+        trainer(tmp_path, callbacks=plugs, enable_checkpointing=True).fit(module, loader(), **kwargs)
+        return module
+
+    whole = run()
+    resumed = run(ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    x = digits(4)[:][0]
+    with torch.no_grad():
+        assert torch.allclose(gp.fold(whole)(x), whole.eval()(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("pair", [p for p, cell in ORDERS.items() if cell != TOGETHER], ids="+".join)
+def test_refused_pairs_and_orders_say_why_and_lose_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
+    module = UserModule()
+    first, second = make(pair)
+    with pytest.raises(gp.PlugError) as caught:
+        trainer(tmp_path, callbacks=[first, second]).fit(module, loader())
+    assert type(first).__name__ in str(caught.value)
+    assert type(second).__name__ in str(caught.value)
+    if ORDERS[pair] == "wrong order":
+        assert f"put {pair[1]} before {pair[0]}" in str(caught.value)
+    first.detach(module)
+    assert list(module.state_dict()) == list(UserModule().state_dict())
+
+
+def test_the_two_replacing_plugs_go_together_on_different_layers(tmp_path: Path) -> None:
+    module = UserModule()
+    module.net.embed = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+    plugs = [gp.ReplaceFFN("swiglu"), gp.ReplaceActivation(nn.ReLU, layers="net.embed")]
+    trainer(tmp_path, callbacks=plugs).fit(module, loader())
+    assert list(plugs[1].describe(module)) == ["net.embed.1"]
+
+
+def test_two_plugs_of_a_kind_on_different_layers(tmp_path: Path) -> None:
+    plugs = [gp.ReplaceFFN("swiglu", layers="net.blocks.0"), gp.ReplaceFFN("geglu", layers="net.blocks.1")]
+    module = UserModule()
+    t = trainer(tmp_path, callbacks=plugs)
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "two.ckpt")
+    assert [m.activation for m in module.modules() if hasattr(m, "activation")] == ["silu", "gelu"]
+    loaded = gp.load(tmp_path / "two.ckpt", UserModule())
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), loaded.state_dict().values(), strict=True))
