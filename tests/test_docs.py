@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,7 @@ def test_commands_of_the_readme_are_those_that_ci_runs():
     readme, ci = ((ROOT / file).read_text(encoding="utf-8") for file in ("README.md", ".ci/run"))
     for text in COMMANDS:
         assert text in readme
-        assert text in ci
+        assert text in ci.replace("pip install -q ", "pip install ")
     assert (ROOT / "recipes" / "quickstart.yaml").is_file()
     assert (ROOT / "constraints.txt").is_file()
 
@@ -168,15 +167,9 @@ def test_pictures_can_be_drawn_again():
         assert (DOCS / "figures" / f"{figure}.png").is_file()
 
 
-@pytest.mark.skipif(shutil.which("sphinx-build") is None, reason="Sphinx is not installed (pip install gateplug[docs])")
 def test_composition_page_shows_every_cell():
-    import sys
-
-    sys.path.insert(0, str(DOCS / "_ext"))
-    try:
-        from composition import matrix
-    finally:
-        sys.path.pop(0)
+    pytest.importorskip("sphinx", reason="the docs extra is not installed")
+    matrix = runpy.run_path(str(DOCS / "_ext" / "composition.py"))["matrix"]
     cells = {frozenset("AB"): "together", frozenset("AC"): "both change x", frozenset("BC"): "together, B first"}
     table = matrix(cells, set())
     assert "| `A` | · | together | refused (1) |" in table

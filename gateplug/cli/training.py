@@ -76,7 +76,8 @@ def _can_be_corrected(error: Exception, started: bool) -> bool:
 
 
 def _last_checkpoint() -> ModelCheckpoint:
-    """Keep the last epoch. (``save_last=True, save_top_k=0`` would write nothing before training ends.)"""
+    """Keep the last epoch."""
+    # Not save_last=True with save_top_k=0: that writes nothing before training ends, and a broken run leaves nothing.
     return ModelCheckpoint(filename="last", enable_version_counter=False)
 
 

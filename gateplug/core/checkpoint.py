@@ -11,9 +11,10 @@ from lightning import LightningModule
 from torch import nn
 
 from gateplug.core.arguments import decode, resolve
-from gateplug.core.edit import AddGate, all_records
+from gateplug.core.edit import AddGate
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.gate import Gate
+from gateplug.core.record import all_records
 from gateplug.core.wrap import unwrap, wrap
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Any
 from lightning import LightningModule
 from torch import nn
 
-from gateplug.core.edit import all_records, records
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.objective import Objective
+from gateplug.core.record import all_records, forget, records
 from gateplug.core.wrap import Wrapped
 
 
@@ -33,7 +33,7 @@ def fold(module: nn.Module) -> nn.Module:
         for record in records(root):
             for edit in record.edits:
                 edit.fold(root)
-        root.__dict__.pop("_gateplug_records", None)
+        forget(root)
     return _plain(folded).eval()
 
 

@@ -11,15 +11,16 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from gateplug.core import edit as edits
+from gateplug.core import record as records
 from gateplug.core.arguments import encode
 from gateplug.core.checkpoint import guard, spelled, unguard
-from gateplug.core.edit import Edit, Record, all_records
+from gateplug.core.edit import Edit
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.fast_path import without_fast_path
 from gateplug.core.gate import Gate
 from gateplug.core.objective import Objective
 from gateplug.core.optim import Claim, GroupOptions, check_trained, grouping
+from gateplug.core.record import Record, all_records
 from gateplug.core.select import Layers, select
 from gateplug.core.table import print_table
 from gateplug.core.wrap import unwrap, wrap
@@ -91,13 +92,13 @@ class Plug(Callback):
             raise PlugError(self.nothing(module) + (f". {listed(before)} changed this model before" if before else ""))
         flags = {e.slot: e for layer in {e.layer for e in plan} for e in without_fast_path(module, layer)}
         plan += [flags[slot] for slot in sorted(flags)]
-        edits.apply(module, Record(type(self).__name__, self.state_key, arguments, plan))
+        records.apply(module, Record(type(self).__name__, self.state_key, arguments, plan))
 
     def detach(self, module: nn.Module) -> None:
         """Give `module` back as it was, original layers with the weights they had when they were replaced."""
         self._release(module)
         if (found := self._found(module)) is not None:
-            edits.undo(found[1], found[2])
+            records.undo(found[1], found[2])
 
     def nothing(self, module: nn.Module) -> str:
         """The message for a module in which there is nothing to attach to."""

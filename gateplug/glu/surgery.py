@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gateplug.core.edit import Edit, Record, Replace, SetAttribute
+from gateplug.core.edit import Edit, Replace, SetAttribute
+from gateplug.core.record import Record
 from gateplug.core.fresh import initialise, seeded
 from gateplug.glu.blocks import FeedForward
 from gateplug.glu.functional import VARIANTS, nearest_start, warm_start

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import gateplug as gp
-from gateplug.core.edit import AddGate, Record, Replace, SetAttribute, apply, records, swap, undo
+from gateplug.core.edit import AddGate, Replace, SetAttribute, swap
+from gateplug.core.record import Record, apply, records, undo
 from gateplug.core.wrap import unwrap, wrap
 from tests.modules import Net, UserModule
 from tests.plugs import ToyPlug, UnitGate
