@@ -87,6 +87,11 @@ def test_the_two_replacing_plugs_go_together_on_different_layers(tmp_path: Path)
     assert list(plugs[1].describe(module)) == ["net.embed.1"]
 
 
+def test_the_same_plug_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(gp.PlugError, match="two ReplaceFFN"):
+        trainer(tmp_path, callbacks=[gp.ReplaceFFN("swiglu"), gp.ReplaceFFN("geglu")]).fit(UserModule(), loader())
+
+
 def test_two_plugs_of_a_kind_on_different_layers(tmp_path: Path) -> None:
     plugs = [gp.ReplaceFFN("swiglu", layers="net.blocks.0"), gp.ReplaceFFN("geglu", layers="net.blocks.1")]
     module = UserModule()

@@ -91,9 +91,11 @@ def check_plugs(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     for entry in stored:
         record = present[entry["key"]][2]
         if record.arguments != entry["arguments"]:
+            names = {n for n in {**record.arguments, **entry["arguments"]} if record.arguments.get(n) != entry["arguments"].get(n)}
+            then, now = ({n: a.get(n) for n in sorted(names)} for a in (entry["arguments"], record.arguments))
             raise PlugError(
-                f"this checkpoint was written with {entry['class']}({spelled(entry['arguments'])}), the model has "
-                f"{record.plug}({spelled(record.arguments)}): use the same arguments"
+                f"this checkpoint was written with {record.plug}({spelled(then)}), the model has "
+                f"{record.plug}({spelled(now)}): use the same arguments"
             )
     keys = {p["key"] for p in stored}
     added = [r.plug for k, (_, root, r) in present.items() if k not in keys and any(True for _ in r.parameters(root))]

@@ -149,6 +149,8 @@ class Plug(Callback):
         """Attach before the optimizer exists and before weights are restored."""
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             name = type(other).__name__
+            if other is not self and isinstance(other, Plug) and other.state_key == self.state_key:
+                raise PlugError(f"there are two {name} for layers={self.layers!r} in the callbacks: leave one out, or name layers")
             if other is not self and name in self.refuses:
                 raise PlugError(f"{type(self).__name__} cannot be used with {name}: {self.refuses[name]}")
         self.check(trainer, pl_module)

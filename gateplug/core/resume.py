@@ -138,6 +138,15 @@ class ExactResume(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._set(trainer, 1, _BETWEEN)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Step plateau schedulers in an epoch that was resumed: Lightning leaves them out there.
+
+        It does so because a metric of the training set covers the rest of the epoch only; one of the validation set is whole.
+        """
+        loop = trainer.fit_loop
+        if loop.restarting and any(c.reduce_on_plateau and c.interval == "epoch" for c in trainer.lr_scheduler_configs):
+            loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
     def state_dict(self) -> dict[str, Any]:
         """The seed: all else is in Lightning's own loop state."""
         return {"seed": self._seed()}

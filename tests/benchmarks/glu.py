@@ -82,7 +82,8 @@ def saving(key: str, rounds: int) -> Line:
     plain, saved = gp.GLU(384, 1024, "silu"), gp.GLU(384, 1024, "silu", recompute=True)
     saved.load_state_dict(plain.state_dict())
     torch.testing.assert_close(saved(x), plain(x))
-    return compare(key, "kept for backward: recompute vs autograd", lambda: kept_bytes(saved, x), lambda: kept_bytes(plain, x), rounds, "≥ 1.7")
+    what = "kept for backward: recompute vs autograd"
+    return compare(key, what, lambda: kept_bytes(saved, x), lambda: kept_bytes(plain, x), rounds, "≥ 1.7")
 
 
 def main() -> None:

@@ -55,18 +55,20 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return (time.process_time() - start) / repeats
 
 
-def compare(key: str, what: str, ours: Side, peer: Side, rounds: int, goal: str) -> Line:
-    """Run both sides `rounds` times in pairs of random order; one more round before that does not count.
+def compare(
+    key: str, what: str, ours: Side, peer: Side, rounds: int, goal: str, warm_up: int = 1
+) -> Line:
+    """Run both sides `rounds` times in pairs of random order, after `warm_up` rounds that do not count.
 
     The ratio is ours ÷ peer, or peer ÷ ours where the key ends in `_speedup` or `_saving`.
     """
     order = random.Random(0)
     pairs = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds + warm_up):
         first_ours = order.random() < 0.5
         results = [side() for side in ((ours, peer) if first_ours else (peer, ours))]
         pairs.append(results if first_ours else results[::-1])
-    pairs = pairs[1:]
+    pairs = pairs[warm_up:]
     inverse = key.endswith(("_speedup", "_saving"))
     ratios = [b / a if inverse else a / b for a, b in pairs]
     return Line(key, what, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratios, goal)
