@@ -85,7 +85,10 @@ class Plug(Callback):
                     f"call detach(module) on it before attaching {spelled(arguments)}"
                 )
             return
-        chosen = select(module, self.layers, self.candidates(module))
+        try:
+            chosen = select(module, self.layers, self.candidates(module))
+        except PlugError as error:
+            raise PlugError(f"{type(self).__name__}: {error}") from None
         plan = list(self.plan(module, chosen)) if chosen else []
         if not plan:
             before = [r.plug for _, _, r in all_records(module)]

@@ -55,9 +55,7 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return (time.process_time() - start) / repeats
 
 
-def compare(
-    key: str, what: str, ours: Side, peer: Side, rounds: int, goal: str, warm_up: int = 1
-) -> Line:
+def compare(key: str, what: str, ours: Side, peer: Side, rounds: int, goal: str, warm_up: int = 1) -> Line:
     """Run both sides `rounds` times in pairs of random order, after `warm_up` rounds that do not count.
 
     The ratio is ours ÷ peer, or peer ÷ ours where the key ends in `_speedup` or `_saving`.

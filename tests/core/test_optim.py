@@ -35,7 +35,7 @@ class Scheduled(UserModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters(), lr=0.01)
         schedule = SCHEDULES[self.name](optimizer)
-        plateau = {"monitor": "val_loss", "interval": self.interval}
+        plateau = {"monitor": "loss" if self.interval == "step" else "val_loss", "interval": self.interval}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **plateau}}
 
 
