@@ -44,6 +44,7 @@ CASES: dict[str, Case] = {
             ({"warm_start": "exact", "match": "width"}, ValueError, "'nearest'"),
             ({"warm_start": True, "match": "width", "variant": "ffn"}, ValueError, "plain block"),
             ({"multiple_of": 0}, ValueError, "≥ 1"),
+            ({"multiple_of": 8.0}, ValueError, "whole number"),
             ({"lr_scale": -1.0}, ValueError, "≥ 0"),
             ({"layers": "decoder.*"}, gp.PlugError, "finds no layer"),
             ({"layers": 3}, TypeError, "way to name layers"),

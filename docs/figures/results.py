@@ -108,6 +108,108 @@ def spread(numbers: Sequence[float]) -> float:
     return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
+def cell(numbers: Sequence[float], digits: int, signed: bool = False) -> str:
+    """Mean ± standard deviation."""
+    sign = "+" if signed else ""
+    return f"{statistics.mean(numbers):{sign}.{digits}f} ± {spread(numbers):.{digits}f}"
+
+
+def complete(runs: Sequence[Run], arms: Sequence[str]) -> list[Run]:
+    """The runs of seeds for which all arms were run: the comparison is paired."""
+    seeds = {r["seed"] for r in runs}
+    full = {s for s in seeds if {r["arm"] for r in runs if r["seed"] == s} >= set(arms)}
+    return [r for r in runs if r["seed"] in full]
+
+
+def glu_table(runs: Sequence[Run], quantities: dict[str, str]) -> str:
+    """The GLU comparison in Markdown: `quantities` are named in the head of the table."""
+    runs = complete(runs, GLU)
+    seeds = sorted({r["seed"] for r in runs})
+    head = ["variant", "parameters", *quantities.values(), "loss - loss(ReLU)", "better seeds", "paper: log-perplexity"]
+    rows = [head, ["---"] * len(head)]
+    for arm in GLU:
+        change = differences(runs, arm, "ffn_relu", "loss")
+        cells = [cell(list(values(runs, arm, q).values()), 4 if q != "perplexity" else 2) for q in quantities]
+        beside = ["", ""] if arm == "ffn_relu" else [cell(change, 4, True), f"{sum(c < 0 for c in change)} of {len(seeds)}"]
+        parameters = next(r["parameters"] for r in runs if r["arm"] == arm)
+        rows.append([NAMES[arm], f"{parameters:,}", *cells, *beside, f"{PAPER[arm]:.3f}"])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", "| gated against its own activation, plain | loss difference | better seeds |", "|---|---|---|"]
+    for gated, plain in PLAIN_OF.items():
+        change = differences(runs, gated, plain, "loss")
+        lines.append(
+            f"| {NAMES[gated]} - {NAMES[plain]} | {cell(change, 4, True)} | {sum(c < 0 for c in change)} of {len(seeds)} |"
+        )
+    took = [r["seconds"] for r in runs]
+    lines += ["", f"Seeds {seeds}; seconds of a run: median {statistics.median(took):.0f} [{min(took):.0f} … {max(took):.0f}]."]
+    return "\n".join(lines)
+
+
+def activation_table(runs: Sequence[Run]) -> str:
+    """The activation comparison in Markdown."""
+    arms = TASKS["fashion"][1]
+    runs = complete(runs, arms)
+    lines = ["| activation | test accuracy | test loss | calibration error |", "|---|---|---|---|"]
+    for arm in arms:
+        cells = [cell(list(values(runs, arm, q).values()), 4) for q in ("accuracy", "loss", "calibration_error")]
+        lines.append("| " + " | ".join([NAMES[arm], *cells]) + " |")
+    change = differences(runs, "tempered", "relu", "accuracy")
+    took = [r["seconds"] for r in runs]
+    lines += [
+        "",
+        f"Paired difference in accuracy: {cell(change, 4, True)}, seeds {sorted({r['seed'] for r in runs})}; seconds of a",
+    ]
+    lines[-1] += f" run: median {statistics.median(took):.0f} [{min(took):.0f} … {max(took):.0f}]."
+    return "\n".join(lines)
+
+
+def draw(runs: dict[str, list[Run]]) -> None:
+    """One picture a comparison."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plain, gated = "#8c8c8c", "#2166ac"
+    panels = [("text", "GPT-2, bytes of Python's sources (nats a byte)"), ("digits", "ViT, digits (nats)")]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for axis, (task, title) in zip(axes, panels, strict=False):
+        paired = complete(runs.get(task, []), GLU)
+        for place, arm in enumerate(GLU):
+            numbers = differences(paired, arm, "ffn_relu", "loss")
+            color = plain if arm.startswith("ffn") else gated
+            axis.plot(numbers, [place] * len(numbers), "o", color=color, alpha=0.45, markersize=5)
+            axis.plot([statistics.mean(numbers)] * 2, [place - 0.32, place + 0.32], color=color, linewidth=3)
+        axis.set_title(f"{title},\n{len({r['seed'] for r in paired})} seeds", fontsize=10)
+        axis.set_xlabel("test loss minus ReLU's of the same seed")
+    paper = [PAPER[arm] - PAPER["ffn_relu"] for arm in GLU]
+    axes[2].scatter(paper, range(len(GLU)), c=[plain if a.startswith("ffn") else gated for a in GLU], marker="D")
+    axes[2].set_title("the paper: T5-base, C4, 524,288 steps\n(arXiv 2002.05202, table 1)", fontsize=10)
+    axes[2].set_xlabel("held-out log-perplexity minus ReLU's")
+    for axis in axes:
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(GLU)), [NAMES[arm] for arm in GLU])
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+    title = "Feed-forwards at equal parameters: plain (grey), gated (blue); a dot is a seed, a bar the mean; left is better"
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(HERE / "results_glu.png", dpi=110)
+
+    arms = TASKS["fashion"][1]
+    paired = complete(runs.get("fashion", []), arms)
+    figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
+    for place, arm in enumerate(arms):
+        numbers = [100 * v for v in values(paired, arm, "accuracy").values()]
+        axis.plot(numbers, [place] * len(numbers), "o", color=gated, alpha=0.45)
+        axis.plot([statistics.mean(numbers)] * 2, [place - 0.25, place + 0.25], color=gated, linewidth=3)
+    axis.set_yticks(range(len(arms)), [NAMES[arm] for arm in arms])
+    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("test accuracy in %, a dot is a seed, a bar the mean")
+    axis.set_title("Fashion-MNIST, network of arXiv 2007.14191, not private", fontsize=10)
+    figure.savefig(HERE / "results_activation.png", dpi=110)
+
+
 def main() -> None:
     """Do what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,6 +223,13 @@ def main() -> None:
     if args.command == "run":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two series then share two cores
         series(args.task, args.seeds)
+    elif args.command == "draw":
+        draw(stored())
+    else:
+        runs = stored()
+        print(glu_table(runs["text"], {"loss": "test loss, nats a byte", "perplexity": "perplexity"}), end="\n\n")
+        print(glu_table(runs["digits"], {"loss": "test loss, nats", "accuracy": "test accuracy"}), end="\n\n")
+        print(activation_table(runs["fashion"]))
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ def _no_class(path: str) -> Said:
 
 RULES: list[tuple[str, Callable[[re.Match[str], Frame], Said]]] = [
     (r"Option '([^']+)' is not accepted|does not accept option '([^']+)'", _not_accepted),
+    (r"unrecognized arguments: --([\w.]+)()", _not_accepted),
     (r"the following arguments are required: (.+)", _required),
     (r"Import path (\S+) does not correspond to a subclass of (\w+)", _wrong_kind),
     (r"Multiple subclasses with name (\w+)", _ambiguous),

@@ -55,6 +55,11 @@ def run(args: list[str]) -> None:
     except UserError:
         raise
     except Exception as error:
+        if "Tried to step" in str(error):  # OneCycleLR, whose length is in the checkpoint
+            raise UserError(
+                f"The learning rate schedule has ended: {error} A run that is continued from a checkpoint keeps the length of its"
+                " schedule. Give the whole length (trainer.max_epochs) from the start, or begin a new run from the weights."
+            ) from error
         if _can_be_corrected(error, record.started):
             raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
         raise

@@ -65,6 +65,13 @@ def decode(value: Any, register: Iterable[object] = ()) -> Any:
     return {k: decode(v, register) for k, v in value.items()}
 
 
+def has_lost(value: Any) -> bool:
+    """Whether something in an encoded value cannot be built again."""
+    if isinstance(value, dict):
+        return set(value) == {"lost"} or any(has_lost(v) for v in value.values())
+    return isinstance(value, list) and any(has_lost(v) for v in value)
+
+
 def resolve(name: str, register: Iterable[object] = ()) -> Any:
     """Find the class or function of a full name without importing anything that the name says.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from lightning import LightningModule
 from torch import nn
 
 from gateplug.core.arguments import decode, resolve
-from gateplug.core.edit import AddGate
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.gate import Gate
 from gateplug.core.record import all_records
@@ -53,8 +53,7 @@ class _Saving:
         inner(checkpoint)
         checkpoint[KEY] = {
             "plugs": [
-                {"class": r.plug, "key": r.key, "arguments": r.arguments, "root": prefix, "layers": r.layers}
-                for prefix, _, r in all_records(self.module)
+                {"class": r.plug, "key": r.key, "arguments": r.arguments, "layers": r.layers} for r in all_records(self.module)
             ]
         }
 
@@ -65,12 +64,10 @@ class _Loading:
 
     def __call__(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         check_plugs(self.module, checkpoint)
-        for prefix, root, record in all_records(self.module):
-            for edit in record.edits:
-                attached = edit.attached(root)
+        for record in all_records(self.module):
+            for name, attached in record.attached():
                 if isinstance(attached, Gate):
-                    name = edit.slot if isinstance(edit, AddGate) else edit.layer
-                    attached.before_load(checkpoint["state_dict"], f"{prefix}.{name}" if prefix else name)
+                    attached.before_load(checkpoint["state_dict"], name)
         inner(checkpoint)
 
 
@@ -81,7 +78,7 @@ def check_plugs(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         PlugError: a plug is missing on either side; names it, with its arguments, instead of a list of keys.
     """
     stored = checkpoint.get(KEY, {}).get("plugs", [])
-    present = {r.key: (prefix, root, r) for prefix, root, r in all_records(module)}
+    present = {r.key: r for r in all_records(module)}
     missing = [f"{p['class']}({spelled(p['arguments'])})" for p in stored if p["key"] not in present]
     if missing:
         raise PlugError(
@@ -89,16 +86,18 @@ def check_plugs(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             "Trainer's callbacks, or open the checkpoint with gp.load(path, module)"
         )
     for entry in stored:
-        record = present[entry["key"]][2]
+        record = present[entry["key"]]
         if record.arguments != entry["arguments"]:
-            names = {n for n in {**record.arguments, **entry["arguments"]} if record.arguments.get(n) != entry["arguments"].get(n)}
+            names = {
+                n for n in {**record.arguments, **entry["arguments"]} if record.arguments.get(n) != entry["arguments"].get(n)
+            }
             then, now = ({n: a.get(n) for n in sorted(names)} for a in (entry["arguments"], record.arguments))
             raise PlugError(
                 f"this checkpoint was written with {record.plug}({spelled(then)}), the model has "
                 f"{record.plug}({spelled(now)}): use the same arguments"
             )
     keys = {p["key"] for p in stored}
-    added = [r.plug for k, (_, root, r) in present.items() if k not in keys and any(True for _ in r.parameters(root))]
+    added = [r.plug for k, r in present.items() if k not in keys and any(True for _ in r.parameters(module))]
     if added:
         raise PlugError(
             f"this checkpoint was written without {listed(added)}, and has no weights for what it attached: load the "
@@ -126,9 +125,14 @@ def load(
         PlugError: a class is not known, a plug is missing, or the checkpoint does not say how to build the module.
     """
     register = list(register)
-    checkpoint = torch.load(Path(path), map_location="cpu", weights_only=True)
-    if "state_dict" not in checkpoint:
-        raise PlugError(f"{path} is no Lightning checkpoint: it has {listed(checkpoint)} and no state_dict")
+    try:
+        checkpoint = torch.load(Path(path), map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file that is no checkpoint makes of torch.load
+        raise PlugError(f"{path} is no checkpoint that can be read safely: {type(error).__name__}: {error}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise PlugError(f"{path} is no Lightning checkpoint: it has no state_dict")
     if module is None:
         module = _build(checkpoint, register, str(path))
     for plug in _plugs(checkpoint, register) if plugs is None else plugs:
@@ -147,9 +151,6 @@ def load(
 
 def _plugs(checkpoint: dict[str, Any], register: list[object]) -> list[Plug]:
     entries = checkpoint.get(KEY, {}).get("plugs", [])
-    inner = [p["class"] for p in entries if p["root"]]
-    if inner:
-        raise PlugError(f"{listed(inner)} was attached to a part of the module by hand: do the same and load the state dict")
     return [_plug_class(p["class"], register)(**decode(p["arguments"], register)) for p in entries]
 
 
@@ -191,5 +192,5 @@ def instantiate(config: Any, register: Iterable[object] = ()) -> Any:
     cls = resolve(config["class_path"], register)
     arguments = {k: instantiate(v, register) for k, v in (config.get("init_args") or {}).items()}
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler):
-        return lambda first: cls(first, **arguments)
+        return partial(cls, **arguments)
     return cls(**arguments)

@@ -49,7 +49,7 @@ def cost(module: nn.Module, example: Any) -> Cost:
     """
     # a stand-in for the CPU kernel: its arguments begin with query, key, value as those of the other attention kernels
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
-    with still(module), _ordinary_attention(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with still(module), ordinary_attention(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call(module, example)
     tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     return Cost(
@@ -114,8 +114,8 @@ def still(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _ordinary_attention() -> Iterator[None]:
-    # the fused inference path of nn.TransformerEncoderLayer is one operator that no counter looks into
+def ordinary_attention() -> Iterator[None]:
+    """Send `nn.TransformerEncoderLayer` down its ordinary path: the fused one is one operator that nothing looks into."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,7 +1,7 @@
 """The changes that a plug makes to a model, as values: they can be planned, applied, undone, folded, copied and pickled.
 
 An edit speaks of layers by name and holds no reference to a trainer, so a model that carries edits can be deep-copied and
-saved. The record of a plug's edits lies on the module that was attached, outside of its parameters and state dict.
+saved. Where edits are kept, and in which order they are undone: :mod:`gateplug.core.record`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,6 @@ from gateplug.core.gate import Gate, RunGate
 
 _HELD = "_gateplug_held"
 """Where a layer keeps what stood in an attribute before, and how many edits have set it."""
-
-
-def swap(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands below `root`; a layer that is shared under several names is replaced in all."""
-    for parent in list(root.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
 
 
 @dataclass
@@ -46,25 +38,23 @@ class Replace:
         """Make the change in `root`."""
         self.original = root.get_submodule(self.layer)
         self.new.train(self.original.training)
-        self._put(root, self.original, self.new)
+        self._put(root, self.new)
 
     def undo(self, root: nn.Module) -> None:
         """Take it back."""
         assert self.original is not None
         self.original.train(self.new.training)
-        self._put(root, self.new, self.original)
+        self._put(root, self.original)
 
-    def _put(self, root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-        if self.everywhere:
-            swap(root, old, new)
-        else:
-            parent, _, name = self.layer.rpartition(".")
-            root.get_submodule(parent)._modules[name] = new
+    def _put(self, root: nn.Module, module: nn.Module) -> None:
+        parent, _, name = self.layer.rpartition(".")
+        root.get_submodule(parent)._modules[name] = module
 
-    def fold(self, root: nn.Module) -> None:
-        """Make it permanent, without anything that only a plug needs."""
+    def fold(self, root: nn.Module) -> nn.Module:
+        """Make it permanent, without anything that only a plug needs; returns what stands in the place of `root`."""
         if isinstance(self.new, Gate):
-            swap(root, self.new, self.new.folded())
+            self._put(root, self.new.folded())
+        return root
 
     def attached(self, root: nn.Module) -> nn.Module:
         """The module that came in."""
@@ -86,15 +76,17 @@ class AddGate:
     @property
     def slot(self) -> str:
         """What this edit occupies: the name of the gate."""
-        return f"{self.layer}.{self.name}"
+        return f"{self.layer}.{self.name}".lstrip(".")
 
     def apply(self, root: nn.Module) -> None:
         """Make the change in `root`; PlugError when the layer has such a child already or is never called."""
         layer = root.get_submodule(self.layer)
         if hasattr(layer, self.name):
-            raise PlugError(f"layer {self.layer!r} has something named {self.name!r} already")
+            raise PlugError(
+                f"{type(layer).__name__} has something named {self.name!r} already: the gate cannot be its {self.name!r}"
+            )
         if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear | nn.ModuleList | nn.ModuleDict):
-            raise PlugError(f"layer {self.layer!r} ({type(layer).__name__}) is never called itself: name a layer around or in it")
+            raise PlugError(f"a {type(layer).__name__} is never called itself and cannot be gated: name a layer around or in it")
         self.gate.train(layer.training)
         layer.add_module(self.name, self.gate)
         if type(layer).forward is not nn.Sequential.forward:
@@ -108,12 +100,12 @@ class AddGate:
                 del layer._forward_hooks[key]
         del layer._modules[self.name]
 
-    def fold(self, root: nn.Module) -> None:
-        """Put the layer with its gate worked in (:meth:`Gate.fold`) into the layer's slot."""
-        layer, gate = root.get_submodule(self.layer), self.attached(root)
+    def fold(self, root: nn.Module) -> nn.Module:
+        """The layer `root` with its gate worked in (:meth:`Gate.fold`)."""
+        gate = self.attached(root)
         assert isinstance(gate, Gate)
         self.undo(root)
-        swap(root, layer, gate.fold(layer))
+        return gate.fold(root)
 
     def attached(self, root: nn.Module) -> nn.Module:
         """The gate."""
@@ -134,7 +126,7 @@ class SetAttribute:
     @property
     def slot(self) -> str:
         """What this edit occupies: the attribute's full name."""
-        return f"{self.layer}.{self.attribute}"
+        return f"{self.layer}.{self.attribute}".lstrip(".")
 
     def apply(self, root: nn.Module) -> None:
         """Make the change in `root`."""
@@ -161,9 +153,10 @@ class SetAttribute:
         delattr(layer, self.attribute)
         setattr(layer, self.attribute, value)
 
-    def fold(self, root: nn.Module) -> None:
+    def fold(self, root: nn.Module) -> nn.Module:
         """The value stays; what stood there before is forgotten."""
         root.get_submodule(self.layer).__dict__.pop(_HELD, None)
+        return root
 
     def attached(self, root: nn.Module) -> nn.Module | None:
         """The module that came in, if it is one."""

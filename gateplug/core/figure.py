@@ -31,7 +31,12 @@ def heat_map(rows: Mapping[str, Tensor], title: str, across: str, down: str = "l
     figure = Figure(figsize=(8, 1.6 + 0.32 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("0.85")
-    shown = axes.imshow(image.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    # the colours span the tenths around the values: gates that all stay near one half would else be of one colour
+    low, high = image.nan_to_num(1.0).min(), image.nan_to_num(0.0).max()
+    vmin, vmax = float((10 * low).floor() / 10), float((10 * high).ceil() / 10)
+    shown = axes.imshow(
+        image.numpy(), aspect="auto", vmin=vmin, vmax=max(vmax, vmin + 0.1), cmap="viridis", interpolation="nearest"
+    )
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.set_xlabel(across)
     axes.set_ylabel(down)

@@ -10,7 +10,7 @@ from torch import nn
 
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.objective import Objective
-from gateplug.core.record import all_records, forget, records
+from gateplug.core.record import all_records, forget
 from gateplug.core.wrap import Wrapped
 
 
@@ -29,12 +29,21 @@ def fold(module: nn.Module) -> nn.Module:
         PlugError: a LightningModule without a forward of its own holds parameters in several sub-modules.
     """
     folded = copy.deepcopy(_without_run(module))
-    for _, root, _ in all_records(folded):
-        for record in records(root):
-            for edit in record.edits:
-                edit.fold(root)
-        forget(root)
+    for record in all_records(folded):
+        for _, part, piece in record.pieces:
+            new = piece.edit.fold(part)
+            folded = new if part is folded else _swap(folded, part, new)
+    forget(folded)
     return _plain(folded).eval()
+
+
+def _swap(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put `new` wherever `old` stands below `root`, and return `root`."""
+    for parent in [] if new is old else list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                parent._modules[name] = new
+    return root
 
 
 def _without_run(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from gateplug.core import record as records
-from gateplug.core.arguments import encode
+from gateplug.core.arguments import encode, has_lost
 from gateplug.core.checkpoint import guard, spelled, unguard
 from gateplug.core.edit import Edit
 from gateplug.core.errors import PlugError, listed
@@ -46,6 +46,7 @@ class Plug(Callback):
     refuses: ClassVar[dict[str, str]] = {}
     """Plugs (by class name) that cannot be used beside this one, and why."""
     layers: Layers = "auto"
+    _announced: bool = False
     group: GroupOptions | None = None
     """How the attached parameters are trained, if not like all others."""
 
@@ -79,9 +80,10 @@ class Plug(Callback):
         found = self._found(module)
         arguments = encode(self.arguments())
         if found is not None:
-            if found[2].arguments != arguments:
+            # a lambda can be told from another one only by the plug that holds it
+            if found.arguments != arguments or (has_lost(arguments) and found.owner != id(self)):
                 raise PlugError(
-                    f"the model carries {found[2].plug}({spelled(found[2].arguments)}) already; "
+                    f"the model carries {found.plug}({spelled(found.arguments)}) already; "
                     f"call detach(module) on it before attaching {spelled(arguments)}"
                 )
             return
@@ -91,17 +93,17 @@ class Plug(Callback):
             raise PlugError(f"{type(self).__name__}: {error}") from None
         plan = list(self.plan(module, chosen)) if chosen else []
         if not plan:
-            before = [r.plug for _, _, r in all_records(module)]
+            before = [r.plug for r in all_records(module)]
             raise PlugError(self.nothing(module) + (f". {listed(before)} changed this model before" if before else ""))
         flags = {e.slot: e for layer in {e.layer for e in plan} for e in without_fast_path(module, layer)}
         plan += [flags[slot] for slot in sorted(flags)]
-        records.apply(module, Record(type(self).__name__, self.state_key, arguments, plan))
+        records.apply(module, type(self).__name__, self.state_key, arguments, id(self), plan)
 
     def detach(self, module: nn.Module) -> None:
         """Give `module` back as it was, original layers with the weights they had when they were replaced."""
         self._release(module)
         if (found := self._found(module)) is not None:
-            records.undo(found[1], found[2])
+            records.undo(module, found)
 
     def nothing(self, module: nn.Module) -> str:
         """The message for a module in which there is nothing to attach to."""
@@ -118,18 +120,12 @@ class Plug(Callback):
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters that this plug brought into `module`, by name."""
         found = self._found(module)
-        if found is None:
-            return {}
-        prefix, root, record = found
-        return {f"{prefix}.{name}" if prefix else name: p for name, p in record.parameters(root)}
+        return dict(found.parameters(module)) if found else {}
 
     def gates(self, module: nn.Module) -> dict[str, Gate]:
-        """Gates that this plug brought into `module`, by the name of the layer they were attached to."""
+        """Gates that this plug brought into `module`, by name."""
         found = self._found(module)
-        if found is None:
-            return {}
-        pairs = [(e.layer, e.attached(found[1])) for e in found[2].edits]
-        return {layer: m for layer, m in pairs if isinstance(m, Gate)}
+        return {name: m for name, m in found.attached() if isinstance(m, Gate)} if found else {}
 
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments, by name."""
@@ -139,7 +135,7 @@ class Plug(Callback):
     def describe(self, module: nn.Module) -> dict[str, str]:
         """What was attached where: layer name -> one line."""
         found = self._found(module)
-        return dict(found[2].layers) if found else {}
+        return found.layers if found else {}
 
     @property
     def state_key(self) -> str:
@@ -153,7 +149,9 @@ class Plug(Callback):
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             name = type(other).__name__
             if other is not self and isinstance(other, Plug) and other.state_key == self.state_key:
-                raise PlugError(f"there are two {name} for layers={self.layers!r} in the callbacks: leave one out, or name layers")
+                raise PlugError(
+                    f"there are two {name} for layers={self.layers!r} in the callbacks: leave one out, or name layers"
+                )
             if other is not self and name in self.refuses:
                 raise PlugError(f"{type(self).__name__} cannot be used with {name}: {self.refuses[name]}")
         self.check(trainer, pl_module)
@@ -177,9 +175,9 @@ class Plug(Callback):
             raise PlugError(self.nothing(pl_module))
         if found is not None:
             check_trained(trainer.optimizers, self.parameters(pl_module), type(self).__name__)
-            if not found[2].announced:
-                found[2].announced = True
-                print_table(f"{type(self).__name__}", ("layer", "change"), found[2].layers.items())
+            if not self._announced:
+                self._announced = True
+                print_table(type(self).__name__, ("layer", "change"), found.layers.items())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the layers attached, take everything else off the module."""
@@ -224,5 +222,5 @@ class Plug(Callback):
         unwrap(module, self)
         unguard(module)
 
-    def _found(self, module: nn.Module) -> tuple[str, nn.Module, Record] | None:
-        return next((found for found in all_records(module) if found[2].key == self.state_key), None)
+    def _found(self, module: nn.Module) -> Record | None:
+        return next((found for found in all_records(module) if found.key == self.state_key), None)

@@ -18,6 +18,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 
+from gateplug.core.checkpoint import guard, unguard
+
 _MASK64 = (1 << 64) - 1
 _MASK63 = (1 << 63) - 1
 _STEP, _BETWEEN = 0, 1  # two streams per batch: the step itself, and what runs before it (batch transfer hooks)
@@ -105,6 +107,18 @@ class ExactResume(Callback):
     def _set(self, trainer: L.Trainer, ahead: int, stream: int) -> None:
         batch = trainer.fit_loop.epoch_loop.total_batch_idx + ahead
         seed_everywhere(step_seed(self._seed(), trainer.global_rank, batch, stream))
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have a checkpoint that was written with plugs checked, also where no plug is in the Trainer."""
+        guard(pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the check off."""
+        unguard(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Take the check off."""
+        unguard(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the generators for what precedes the first batch, and warn of a loader that cannot resume."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gateplug.data.augment import Augmentation
+from gateplug.data.module import as_it_is
 from gateplug.data.pixels import Decoder
 
 
@@ -51,6 +52,8 @@ class LazyImages(Dataset[Any]):
         decoder: Value to pixels.
         split: Name for error messages.
     """
+
+    collate_fn = staticmethod(as_it_is)
 
     def __init__(self, data: Any, column: str, rows: Tensor, labels: Tensor, decoder: Decoder, split: str) -> None:
         self.data, self.column, self.rows, self.labels = data, column, rows, labels

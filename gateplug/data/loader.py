@@ -179,7 +179,7 @@ def exact_loader(
         shuffle: A new random order in every epoch. False (validation, test): the data set's own order.
         seed: Any integer.
         num_workers: Processes that read, ≥ 0.
-        collate_fn: Items to batch; None: torch's default.
+        collate_fn: Items to batch; None: the data set's own `collate_fn` if it has one, else torch's default.
         augment: ``(batch, keys) -> batch`` on the collated batch; ``keys`` int64 ``(batch,)`` are what
             :func:`gateplug.data.uniform` makes random numbers from.
         drop_last: Leave out the last batch if it is not full.
@@ -207,7 +207,7 @@ def exact_loader(
         batch_size=batch_size,
         sampler=EpochSampler(len(dataset), batch_size, shuffle, seed, drop_last, training=training),
         num_workers=num_workers,
-        collate_fn=KeyedCollate(collate_fn or default_collate, seed, augment, reseed),
+        collate_fn=KeyedCollate(collate_fn or getattr(dataset, "collate_fn", None) or default_collate, seed, augment, reseed),
         drop_last=drop_last,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers and num_workers > 0,

@@ -174,6 +174,8 @@ class TensorRows(torch.utils.data.Dataset[Any]):
         columns: Name to tensor ``(samples, …)``.
     """
 
+    collate_fn = staticmethod(as_it_is)
+
     def __init__(self, **columns: Tensor) -> None:
         self.columns = columns
 

@@ -29,8 +29,7 @@ class TextData(ExactDataModule):
     - ``classification``: int64 ``(batch,)`` for numbers or names, float ``(batch,)`` for regression, float
       ``(batch, classes)`` for multi-label (a column of lists of 0 and 1);
     - ``causal_lm``: the ids themselves (models shift them), -100 at padding;
-    - ``masked_lm``: BERT's hidden tokens, -100 elsewhere;
-    - ``span_corruption``: T5's; ``labels`` have a length of their own.
+    - ``masked_lm``: BERT's hidden tokens, -100 elsewhere; ``span_corruption``: T5's, of a length of their own.
 
     What is hidden is a function of (seed, epoch, index), and in validation and test of (seed, index) alone.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.core.activations import ATTRIBUTES, activation_name, is_activation
+from gateplug.core.cost import ordinary_attention, still
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,6 @@ class FeedForward:
         return f"{self.holder}.{self.attribute}" if self.holder else self.attribute
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A pair of linears that looks like a feed-forward and was not confirmed."""
-
-    name: str
-    why: str
-
-
 def widths(linear: nn.Module) -> tuple[int, int]:
     """(in, out) of an `nn.Linear` or of Hugging Face's Conv1D, whose weight is (in, out)."""
     if isinstance(linear, nn.Linear):
@@ -56,15 +49,15 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
-def find(module: nn.Module) -> tuple[list[FeedForward], list[Rejected]]:
-    """All feed-forwards of `module`, in order, and the pairs that were looked at and left.
+def find(module: nn.Module) -> tuple[list[FeedForward], list[str]]:
+    """All feed-forwards of `module`, in order, and in words the pairs that were looked at and left.
 
     A candidate is a dense layer d→h beside an activation, with a dense layer from h in the same module or next to it. It is
     confirmed by a run of the smallest module around it on a small random input, in eval mode and without gradient: the
     activation must receive what the first layer gave, and the second layer what the activation gave.
     """
     found: list[FeedForward] = []
-    rejected: dict[str, str] = {}
+    rejected: dict[str, tuple[str, str]] = {}
     used: set[str] = set()
     for block in _candidates(module):
         if block.first in used or block.slot in used:
@@ -74,9 +67,9 @@ def find(module: nn.Module) -> tuple[list[FeedForward], list[Rejected]]:
             found.append(block)
             used |= {block.first, block.slot}
         else:
-            rejected.setdefault(f"{block.first} → {block.attribute} → {block.second}", why)
-    names = {b.first for b in found}
-    return found, [Rejected(n, w) for n, w in rejected.items() if n.split(" → ")[0] not in names]
+            text = f"{block.first} → {block.attribute} → {block.second} ({why})"
+            rejected.setdefault(block.first, (block.slot, text))
+    return found, [text for first, (slot, text) in rejected.items() if not {first, slot} & used]
 
 
 def _candidates(module: nn.Module) -> Iterator[FeedForward]:
@@ -88,9 +81,10 @@ def _candidates(module: nn.Module) -> Iterator[FeedForward]:
         parent = holder.rpartition(".")[0]
         near = [(f"{holder}.{n}" if holder else n, m) for n, m in firsts]
         around = [] if not holder else _next_to(module.get_submodule(parent), parent, holder)
-        for name, first in near:
+        for i, (name, first) in enumerate(near):
             d, h = widths(first)
-            seconds = [(n, m) for n, m in near + around if m is not first and widths(m)[0] == h]
+            # of two layers in one module, the second is the one that was built later
+            seconds = [(n, m) for n, m in near[i + 1 :] + around if widths(m)[0] == h]
             for attribute, activation in acts:
                 for second_name, second in seconds:
                     out = widths(second)[1]
@@ -136,8 +130,6 @@ def _run(root: nn.Module, block: FeedForward) -> str | None:
     assert isinstance(weight, Tensor)
     if weight.is_meta:
         return "its weights are on the meta device and cannot be run"
-    inside = f"{block.second}.".startswith(f"{block.holder}." if block.holder else "")
-    around = holder if inside else root.get_submodule(block.holder.rpartition(".")[0])
     original = getattr(holder, block.attribute)
     witness = _Witness(original)
     seen: dict[str, Tensor] = {}
@@ -145,24 +137,20 @@ def _run(root: nn.Module, block: FeedForward) -> str | None:
         first.register_forward_hook(lambda m, a, out: seen.__setitem__("first", out)),
         second.register_forward_pre_hook(lambda m, a: seen.__setitem__("second", a[0])),
     ]
-    modes = {m: m.training for m in around.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
+    ran = False
+    _set(holder, block.attribute, witness)
     try:
-        _set(holder, block.attribute, witness)
-        around.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        ran = False
-        for example in _examples(block.dim, weight):
-            seen.clear()
-            witness.seen = None
-            try:
-                with torch.no_grad():
+        around = _around(root, holder, block)
+        with still(around), ordinary_attention():
+            for example in _examples(block.dim, weight):
+                seen.clear()
+                witness.seen = None
+                try:
                     around(*example)
-            except Exception:
-                continue
-            ran = True
-            if witness.seen is not None and {"first", "second"} <= seen.keys():
-                if not _same(seen["first"], witness.seen[0]):
+                except Exception:  # whatever a module makes of an input that is not of its kind
+                    continue
+                ran = True
+                if witness.seen is None or not {"first", "second"} <= seen.keys() or not _same(seen["first"], witness.seen[0]):
                     continue
                 if _same(witness.seen[1], seen["second"]):
                     return None
@@ -170,11 +158,20 @@ def _run(root: nn.Module, block: FeedForward) -> str | None:
         return "the activation is not called on the first layer's output" if ran else "it could not be run on its own"
     finally:
         _set(holder, block.attribute, original)
-        torch.backends.mha.set_fastpath_enabled(fast)
         for hook in hooks:
             hook.remove()
-        for m, training in modes.items():
-            m.training = training
+
+
+def _around(root: nn.Module, holder: nn.Module, block: FeedForward) -> nn.Module:
+    """The smallest module that can be run and holds the whole block."""
+    if block.holder and not block.second.startswith(f"{block.holder}."):
+        return root.get_submodule(block.holder.rpartition(".")[0])
+    if type(holder).forward is not nn.Sequential.forward:
+        return holder
+    # of a sequence, the block alone: what comes before it may have another width
+    names = list(holder._modules)
+    start, stop = (names.index(name.rpartition(".")[2]) for name in (block.first, block.second))
+    return nn.Sequential(*list(holder._modules.values())[start : stop + 1])  # type: ignore[arg-type]
 
 
 def _set(holder: nn.Module, attribute: str, value: Any) -> None:

@@ -82,8 +82,8 @@ class ReplaceFFN(Plug):
                 f"warm_start={warm_start!r} needs all hidden units of the block, and match='parameters' makes it a third "
                 "narrower: say match='width', or leave warm_start out"
             )
-        if multiple_of < 1:
-            raise ValueError(f"multiple_of={multiple_of} must be ≥ 1")
+        if not isinstance(multiple_of, int) or multiple_of < 1:
+            raise ValueError(f"multiple_of={multiple_of!r} must be a whole number ≥ 1")
         self.variant, self.layers, self.match, self.warm_start = variant, layers, match, warm_start
         self.bias, self.recompute, self.multiple_of, self.lr_scale = bias, recompute, multiple_of, lr_scale
         options = GroupOptions(lr_scale)
@@ -96,7 +96,7 @@ class ReplaceFFN(Plug):
     def nothing(self, module: nn.Module) -> str:
         """Say which pairs of layers were seen, and why none was taken."""
         found, rejected = find(module)
-        seen = [f"{r.name} ({r.why})" for r in rejected]
+        seen = list(rejected)
         seen += [f"{b.first} → {b.attribute} → {b.second} ({b.dim}→{b.hidden}→{b.out}: name it to take it)" for b in found]
         return (
             f"ReplaceFFN with layers={self.layers!r} finds no feed-forward (a dense layer d→h, an activation held as a module or "
@@ -140,8 +140,8 @@ class ReplaceFFN(Plug):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what the feed-forwards cost before and after, once."""
         found = self._found(pl_module)
-        new = found is not None and not found[2].announced
+        new = not self._announced
         super().on_fit_start(trainer, pl_module)
         if new and found is not None:
-            rows = [(w, f"{b:,}", f"{a:,}", f"{a / b:.3f}") for w, (b, a) in cost_change(found[1], found[2]).items()]
+            rows = [(w, f"{b:,}", f"{a:,}", f"{a / b:.3f}") for w, (b, a) in cost_change(pl_module, found).items()]
             print_table("Feed-forwards", ("", "before", "after", "ratio"), rows)

@@ -116,18 +116,22 @@ def gated(a: Tensor, b: Tensor, name: str) -> Tensor:
     return out
 
 
-def _slope(a: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """act(a) and act'(a)."""
+def slope(a: Tensor, name: str) -> Tensor:
+    """act'(a), in operations that autograd and torch.compile can follow."""
     if name == "linear":
-        return a, torch.ones_like(a)
-    if torch.is_grad_enabled() and a.requires_grad:  # a gradient that will be differentiated itself
-        value = GATED[name](a)
-        return value, torch.autograd.grad(value, a, torch.ones_like(value), create_graph=True)[0]
-    with torch.enable_grad():
-        leaf = a.detach().requires_grad_()
-        value = GATED[name](leaf)
-        (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
-    return value.detach(), slope
+        return torch.ones_like(a)
+    if name == "relu":
+        return (a > 0).to(a.dtype)
+    if name == "gelu":
+        cdf = 0.5 * (1 + torch.erf(a / math.sqrt(2)))
+        return cdf + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+    if name == "gelu_tanh":
+        c = math.sqrt(2 / math.pi)
+        t = torch.tanh(c * (a + 0.044715 * a**3))
+        return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * c * (1 + 3 * 0.044715 * a * a)
+    factor = 1.702 if name == "quick_gelu" else 1.0
+    s = torch.sigmoid(factor * a)
+    return s * (1 - s) if name == "sigmoid" else s * (1 + factor * a * (1 - s))
 
 
 class _Gated(torch.autograd.Function):
@@ -140,8 +144,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b = ctx.saved_tensors
-        value, slope = _slope(a, ctx.name)
-        return grad * b * slope, grad * value, None
+        return grad * b * slope(a, ctx.name), grad * GATED[ctx.name](a), None
 
 
 class _GatedDown(torch.autograd.Function):
@@ -154,12 +157,12 @@ class _GatedDown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
         a, b, w_down = ctx.saved_tensors
-        value, slope = _slope(a, ctx.name)
+        value = GATED[ctx.name](a)
         rows = grad.reshape(-1, grad.shape[-1])
         grad_product = grad @ w_down
         need = ctx.needs_input_grad
         grad_down = rows.T @ (value * b).reshape(-1, value.shape[-1]) if need[2] else None
-        return grad_product * b * slope, grad_product * value, grad_down, rows.sum(0) if need[3] else None, None
+        return grad_product * b * slope(a, ctx.name), grad_product * value, grad_down, rows.sum(0) if need[3] else None, None
 
 
 def openness(a: Tensor, name: str) -> Tensor | None:

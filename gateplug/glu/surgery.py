@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.core.edit import Edit, Replace, SetAttribute
-from gateplug.core.record import Record
 from gateplug.core.fresh import initialise, seeded
+from gateplug.core.record import Record
 from gateplug.glu.blocks import FeedForward
 from gateplug.glu.functional import VARIANTS, nearest_start, warm_start
 from gateplug.glu.layers import GatedProduct, PlainActivation, RecomputingDown
@@ -79,6 +79,8 @@ def _start(
     except ValueError as error:
         if warm != "nearest" or block.activation is None:
             raise ValueError(f"{block.first}: {error}") from None
+        if block.activation == "tanh":
+            raise ValueError(f"{block.first}: no gated block comes near tanh") from None
         start, off = nearest_start(weight, bias, block.activation, gate)
         return start, f"nearest start, hidden units off by {100 * off:.2g} %"
 
@@ -119,7 +121,8 @@ def sizes(block: FeedForward) -> str:
 
 def cost_change(root: nn.Module, record: Record) -> dict[str, tuple[int, int]]:
     """What an attached record changed: parameters of the model and of the replaced layers, and MACs a token of the latter."""
-    pairs = [(e.original, e.new) for e in record.edits if isinstance(e, Replace) and e.original is not None]
+    edits = (piece.edit for _, _, piece in record.pieces)
+    pairs = [(e.original, e.new) for e in edits if isinstance(e, Replace) and e.original is not None]
     old = sum(p.numel() for o, _ in pairs for p in o.parameters())
     new = sum(p.numel() for _, n in pairs for p in n.parameters())
     total = sum(p.numel() for p in root.parameters())

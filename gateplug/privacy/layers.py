@@ -31,6 +31,8 @@ class TemperedSigmoid(nn.Module):
         super().__init__()
         values = {"scale": scale, "temperature": temperature, "offset": offset}
         for name, value in values.items():
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name}={value!r} must be a number")
             if not math.isfinite(value):
                 raise ValueError(f"{name}={value} must be a finite number")
         if temperature <= 0:

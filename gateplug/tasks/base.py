@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from gateplug.core.checkpoint import check_plugs
 from gateplug.tasks.batch import Batch, call_net, logits_of
 from gateplug.tasks.schedule import OptimizerCallable, SchedulerCallable, schedule_config
 
@@ -30,6 +31,12 @@ class Task(L.LightningModule):
         scheduler: SchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        for name, thing in (("optimizer", optimizer), ("scheduler", scheduler)):
+            if thing is not None and not callable(thing):
+                raise TypeError(
+                    f"{name}={type(thing).__name__}(…) is an object that was built already: give what builds it, a class or"
+                    f" functools.partial({type(thing).__name__}, …). It is called after plugs have attached their parameters."
+                )
         self.net = net
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -48,6 +55,10 @@ class Task(L.LightningModule):
         first = stage not in self._looked_at
         self._looked_at.add(stage)
         return first or like.device.type == "cpu"
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the plugs that a checkpoint was written with and that this module does not have."""
+        check_plugs(self, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over all parameters, attached ones included, and its schedule."""

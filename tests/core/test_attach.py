@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import gateplug as gp
-from gateplug.core.edit import AddGate, Replace, SetAttribute, swap
-from gateplug.core.record import Record, apply, records, undo
+from gateplug.core.edit import AddGate, Edit, Replace, SetAttribute
+from gateplug.core.record import all_records, apply, undo
 from gateplug.core.wrap import unwrap, wrap
 from tests.modules import Net, UserModule
 from tests.plugs import ToyPlug, UnitGate
+
+
+def put(net: nn.Module, *edits: Edit) -> None:
+    """Apply edits as a plug does."""
+    apply(net, "Toy", "toy", {}, 0, list(edits))
 
 
 def test_an_error_in_the_middle_undoes_what_was_done() -> None:
@@ -53,26 +58,52 @@ def test_what_came_last_goes_first() -> None:
         replace.detach(net)
     toy.detach(net)
     replace.detach(net)
-    assert "_gateplug_records" not in net.__dict__
+    assert not [k for m in net.modules() for k in m.__dict__ if "gateplug" in k]
 
 
-def test_a_layer_under_two_names_is_replaced_under_both() -> None:
+def test_a_layer_under_two_names_is_replaced_under_both_and_given_back() -> None:
     shared = nn.Linear(4, 4)
     net = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
     new = nn.Linear(4, 4)
-    swap(net, shared, new)
+    put(net, Replace("a", new))
     assert net["a"] is net["b"][0] is new
+    undo(net, all_records(net)[0])
+    assert net["a"] is net["b"][0] is shared
+
+
+def test_records_move_with_the_part_that_was_changed() -> None:
+    module = UserModule()
+    toy, replace = ToyPlug(), gp.ReplaceFFN("swiglu", layers="blocks.*")
+    replace.attach(module)
+    toy.attach(module)
+    other = UserModule(module.net)
+    assert list(toy.describe(other)) == ["net.blocks.0.fc2", "net.blocks.1.fc2"]
+    toy.attach(other)
+    x = torch.randn(2, 8, 8)
+    part = gp.fold(module.net.blocks[0])
+    h = module.net.embed(x)
+    assert not any(m._forward_hooks for m in part.modules())
+    assert torch.equal(part(h), module.eval().net.blocks[0](h))
+    toy.detach(other.net)
+    replace.detach(module)
+    assert list(module.state_dict()) == list(UserModule().state_dict())
+
+
+def test_two_lambdas_are_not_taken_for_one() -> None:
+    net = Net()
+    gp.ReplaceFFN(layers=lambda n, m: n == "blocks.0").attach(net)
+    with pytest.raises(gp.PlugError, match="carries ReplaceFFN"):
+        gp.ReplaceFFN(layers=lambda n, m: n == "blocks.1").attach(net)
 
 
 def test_a_gate_on_a_sequential_is_its_last_child_and_runs_once() -> None:
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU())
     x = torch.randn(3, 4)
     before = net(x)
-    record = Record("Toy", "toy", {}, [AddGate("0", UnitGate(4, 0.0))])
-    apply(net, record)
+    put(net, AddGate("0", UnitGate(4, 0.0)))
     share = torch.sigmoid(torch.tensor(1.0))
     assert torch.allclose(net(x), before * share, atol=1e-6)
-    undo(net, record)
+    undo(net, all_records(net)[0])
     assert torch.equal(net(x), before)
 
 
@@ -88,7 +119,7 @@ class Text(nn.Linear):
 
 def test_a_gate_takes_the_first_of_a_tuple_and_refuses_other_outputs() -> None:
     net = nn.ModuleDict({"t": Tuple(4, 4), "s": Text(4, 4)})
-    apply(net, Record("Toy", "toy", {}, [AddGate("t", UnitGate(4, 0.0)), AddGate("s", UnitGate(4, 0.0))]))
+    put(net, AddGate("t", UnitGate(4, 0.0)), AddGate("s", UnitGate(4, 0.0)))
     x = torch.randn(2, 4)
     first, rest = net["t"](x)
     assert rest == "rest"
@@ -100,28 +131,28 @@ def test_a_gate_takes_the_first_of_a_tuple_and_refuses_other_outputs() -> None:
 def test_layers_that_are_never_called_are_refused() -> None:
     attention = nn.MultiheadAttention(4, 2)
     with pytest.raises(gp.PlugError, match="never called"):
-        apply(attention, Record("Toy", "toy", {}, [AddGate("out_proj", UnitGate(4, 0.0))]))
+        put(attention, AddGate("out_proj", UnitGate(4, 0.0)))
     with pytest.raises(gp.PlugError, match="never called"):
-        apply(Net(), Record("Toy", "toy", {}, [AddGate("blocks", UnitGate(4, 0.0))]))
+        put(Net(), AddGate("blocks", UnitGate(4, 0.0)))
 
 
 def test_a_flag_goes_back_when_the_last_plug_that_needs_it_leaves() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16)
-    a = Record("A", "a", {}, [SetAttribute("", "activation_relu_or_gelu", 0, shared=True)])
-    b = Record("B", "b", {}, [SetAttribute("", "activation_relu_or_gelu", 0, shared=True)])
-    apply(layer, a)
-    apply(layer, b)
+    for key in "ab":
+        apply(layer, key, key, {}, 0, [SetAttribute("", "activation_relu_or_gelu", 0, shared=True)])
+    a, b = all_records(layer)
     undo(layer, a)
     assert layer.activation_relu_or_gelu == 0
     undo(layer, b)
     assert layer.activation_relu_or_gelu == 1
+    assert not [k for k in layer.__dict__ if "gateplug" in k]
 
 
 def test_replacing_keeps_the_training_mode() -> None:
     net = Net().eval()
-    apply(net, Record("R", "r", {}, [Replace("embed", nn.Linear(8, 16))]))
+    put(net, Replace("embed", nn.Linear(8, 16)))
     assert not net.embed.training
-    assert len(records(net)) == 1
+    assert len(all_records(net)) == 1
 
 
 def test_a_module_in_training_can_be_copied_and_the_copy_stands_alone() -> None:

@@ -76,11 +76,28 @@ def test_a_checkpoint_without_a_stored_module_asks_for_one(tmp_path: Path) -> No
     _, path = saved(tmp_path, gp.ReplaceFFN())
     with pytest.raises(gp.PlugError, match="give `module`"):
         gp.load(path)
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with pytest.raises(gp.PlugError, match="read safely"):
+        gp.load(tmp_path / "text.ckpt", UserModule())
     torch.save({"weights": 1}, tmp_path / "b.ckpt")
     with pytest.raises(gp.PlugError, match="no Lightning checkpoint"):
         gp.load(tmp_path / "b.ckpt", UserModule())
     with pytest.raises(FileNotFoundError):
         gp.load(tmp_path / "none.ckpt", UserModule())
+
+
+def test_without_any_plug_the_missing_one_is_named(tmp_path: Path) -> None:
+    _, path = saved(tmp_path, gp.ReplaceFFN("swiglu"))
+    module = UserModule()
+    with pytest.raises(gp.PlugError, match=r"ReplaceFFN\(variant='swiglu'"):
+        trainer(tmp_path, callbacks=[gp.ExactResume()]).fit(module, loader(), ckpt_path=path)
+    assert "on_load_checkpoint" not in module.__dict__
+    task = gp.Classifier(Net(), 10)
+    t = trainer(tmp_path, callbacks=[gp.ReplaceFFN("geglu")], max_epochs=1)
+    t.fit(task, gp.exact_loader(digits(16), 8))
+    t.save_checkpoint(tmp_path / "task.ckpt")
+    with pytest.raises(gp.PlugError, match="variant='geglu'"):
+        trainer(tmp_path).test(gp.Classifier(Net(), 10), gp.exact_loader(digits(16), 8), ckpt_path=tmp_path / "task.ckpt")
 
 
 def test_other_arguments_and_missing_weights_are_told_apart(tmp_path: Path) -> None:
@@ -137,8 +154,7 @@ def test_a_plug_attached_by_hand_to_a_part_is_adopted_saved_and_restored(tmp_pat
 
     module, path = saved(tmp_path, gp.ReplaceFFN("swiglu"), module=made())
     assert list(module.state_dict()) == list(made().state_dict())
-    with pytest.raises(gp.PlugError, match="by hand"):
-        gp.load(path, UserModule())
+    assert torch.equal(gp.load(path, UserModule()).net.head.weight, module.net.head.weight)
     trainer(tmp_path, callbacks=[gp.ReplaceFFN("swiglu")], max_epochs=2).fit(made(), loader(), ckpt_path=path)
     with pytest.raises(gp.PlugError, match="detach"):
         gp.ReplaceFFN("swiglu", recompute=True).attach(module)

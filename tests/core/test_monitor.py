@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -99,6 +100,43 @@ def test_a_recording_gate_is_averaged_until_it_is_reset() -> None:
     assert openness.values.tolist() == [0.5, 0.5, 1.0]
     gate.reset()
     assert gate.openness() is None
+
+
+class Known(Gate):
+    """A gate whose openness is known."""
+
+    room = "toy"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.recording:
+            self.record(torch.tensor([0.0, 0.04, 0.06, 0.5, 0.94, 0.96, 1.0, 0.3]).expand(len(x), -1))
+        return x
+
+
+def test_saturation_is_the_share_of_units_near_an_end(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="run")
+    module = UserModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Known()))
+    trainer(tmp_path, callbacks=[gp.GateMonitor(2)], logger=logger, max_epochs=1).fit(module, loader())
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert events.Scalars("toy/net.2/saturation")[-1].value == 0.5
+    assert events.Scalars("toy/net.2/openness_mean")[-1].value == pytest.approx(3.8 / 8)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "nonreentrant"])
+def test_a_layer_that_is_recomputed_is_seen_once(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    logger = TensorBoardLogger(tmp_path / "b", name="run")
+    module = UserModule(lr=0.0, checkpointing=kind)
+    rows: list[int] = []
+
+    class Count(L.Callback):
+        def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            rows.append(pl_module.net.blocks[0].fc1._rows)
+
+    plugs = [gp.ReplaceFFN("swiglu"), Count(), gp.GateMonitor(1)]
+    trainer(tmp_path, callbacks=plugs, logger=logger).fit(module, loader(shuffle=False))
+    assert set(rows) == {8 * 8}, "8 samples of 8 tokens"
 
 
 def test_heat_map_shows_rows_of_different_length() -> None:

@@ -227,6 +227,23 @@ def test_a_named_block_may_change_its_width_and_names_select_from_above() -> Non
         gp.ReplaceFFN("swiglu", layers="encoder.layer.0.attention").attach(FAMILIES["bert"][0]())
 
 
+def test_a_block_in_a_longer_sequence_is_found() -> None:
+    net = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32), nn.Linear(32, 3))
+    found, rejected = find(net)
+    assert [(b.first, b.second) for b in found] == [("1", "3")]
+    assert not rejected
+    gp.ReplaceFFN("geglu").attach(net)
+    assert net(torch.randn(2, 8)).shape == (2, 3)
+
+
+def test_a_block_with_tanh_has_no_gated_form() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    with pytest.raises(gp.PlugError, match="1 computes tanh"):
+        gp.ReplaceFFN("auto", layers="0").attach(net)
+    with pytest.raises(ValueError, match="0: no gated block comes near tanh"):
+        gp.ReplaceFFN("swiglu", layers="0", match="width", warm_start="nearest").attach(net)
+
+
 def test_an_activation_instance_shared_by_blocks_is_replaced_only_where_selected() -> None:
     net = Net()
     net.blocks[1].act = net.blocks[0].act
