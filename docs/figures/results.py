@@ -13,11 +13,13 @@ stopped. All arms of a seed start from the same weights outside of the feed-forw
 from __future__ import annotations
 
 import argparse
+import csv
 import fcntl
 import json
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ PLAIN_OF = {"reglu": "ffn_relu", "geglu": "ffn_gelu", "swiglu": "ffn_silu"}
 """The variants whose own activation is among the plain blocks."""
 PAPER = dict(zip(GLU, (1.677, 1.679, 1.683, 1.663, 1.648, 1.645, 1.633, 1.636), strict=True))
 """Held-out log-perplexity after 524,288 steps, T5-base on C4: arXiv 2002.05202, table 1."""
+TIED = "lm_head.weight"
+"""Of GPT-2: the same parameter as its embedding."""
 Run = dict[str, Any]
 
 
@@ -54,18 +58,26 @@ TASKS: dict[str, tuple[str, Sequence[str], Callable[[str], list[str]], bool]] = 
 
 def measure(task: str, arm: str, seed: int) -> Run:
     """Train one arm with one seed; its test metrics, parameters and seconds."""
-    from gateplug.cli.record import Record
-    from gateplug.cli.training import GateplugCLI, short_function_names
+    import torch
+
+    from gateplug.cli import main as gateplug
 
     recipe, _, options, split = TASKS[task]
-    short_function_names()
     with tempfile.TemporaryDirectory() as folder:
         args = ["fit", "-c", f"recipes/{recipe}.yaml", "--seed_everything", str(seed), "--trainer.default_root_dir", folder]
-        args += [*options(arm), *([f"--data.seed={seed}"] if split else [])]
-        cli = GateplugCLI(Record(), args)
-    tested = {name.removeprefix("test/"): round(v, 5) for name, v in cli.metrics.items() if name.startswith("test/")}
-    parameters = sum(p.numel() for p in cli.model.parameters())
-    return {"arm": arm, "seed": seed, "parameters": parameters, "seconds": round(cli.seconds["fit"], 1), **tested}
+        args += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}", *options(arm)]
+        start = time.perf_counter()
+        if gateplug([*args, *([f"--data.seed={seed}"] if split else [])]):
+            raise SystemExit(f"{task}, {arm}, seed {seed}: the run failed")
+        seconds = time.perf_counter() - start
+        (table,) = Path(folder).rglob("metrics.csv")
+        with table.open(encoding="utf-8") as file:
+            tested = [{k: v for k, v in row.items() if v and k.startswith("test/")} for row in csv.DictReader(file)]
+        (saved,) = Path(folder).rglob("last.ckpt")
+        weights = torch.load(saved, weights_only=True)["state_dict"]
+    metrics = {name.removeprefix("test/"): round(float(v), 5) for row in tested for name, v in row.items()}
+    parameters = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("net.") and not name.endswith(TIED))
+    return {"arm": arm, "seed": seed, "parameters": parameters, "seconds": round(seconds, 1), **metrics}
 
 
 def stored(new: tuple[str, Run] | None = None) -> dict[str, list[Run]]:

@@ -14,7 +14,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -66,20 +66,24 @@ def compare(key: str, what: str, ours: Side, peer: Side, rounds: int, goal: str,
         first_ours = order.random() < 0.5
         results = [side() for side in ((ours, peer) if first_ours else (peer, ours))]
         pairs.append(results if first_ours else results[::-1])
-    pairs = pairs[warm_up:]
+    return line(key, what, [(ours, peer) for ours, peer in pairs[warm_up:]], goal)
+
+
+def line(key: str, what: str, pairs: Sequence[tuple[float, float]], goal: str) -> Line:
+    """The line of a table for (ours, peer) of each round."""
     inverse = key.endswith(("_speedup", "_saving"))
     ratios = [b / a if inverse else a / b for a, b in pairs]
     return Line(key, what, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratios, goal)
 
 
 def report(lines: list[Line]) -> None:
-    """Print the table, the versions, and the result as one JSON object in the last line."""
-    print(f"{'key':<17}{'what':<52}{'ours':>11}{'peer':>11}   {'ratio: median [min … max]':<27}{'rounds':>6}  goal")
-    for line in lines:
-        spread = f"{line.ratio:.3f} [{min(line.ratios):.3f} … {max(line.ratios):.3f}]"
+    """Print the table, the versions, and the result as one JSON object in the last entry."""
+    print(f"{'key':<17}{'what':<56}{'ours':>11}{'peer':>11}   {'ratio: median [min … max]':<27}{'rounds':>6}  goal")
+    for entry in lines:
+        spread = f"{entry.ratio:.3f} [{min(entry.ratios):.3f} … {max(entry.ratios):.3f}]"
         print(
-            f"{line.key:<17}{line.what:<52}{_amount(line.ours, line.key):>11}{_amount(line.peer, line.key):>11}   "
-            f"{spread:<27}{len(line.ratios):>6}  {line.goal}"
+            f"{entry.key:<17}{entry.what:<56}{_amount(entry.ours, entry.key):>11}{_amount(entry.peer, entry.key):>11}   "
+            f"{spread:<27}{len(entry.ratios):>6}  {entry.goal}"
         )
     import torch
 
@@ -87,8 +91,10 @@ def report(lines: list[Line]) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     print(f"threads {torch.get_num_threads()}; python {platform.python_version()}, {versions}; CPU seconds, {platform.machine()}")
     sys.stdout.flush()
-    print(json.dumps({line.key: round(line.ratio, 4) for line in lines}))
+    print(json.dumps({entry.key: round(entry.ratio, 4) for entry in lines}))
 
 
 def _amount(value: float, key: str) -> str:
-    return f"{value / 2**20:.2f} MiB" if key.endswith("_saving") else f"{value * 1e3:.3f} ms"
+    if key.endswith("_saving"):
+        return f"{value / 2**20:.2f} MiB"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3f} ms"
