@@ -12,34 +12,53 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gateplug.core.errors import PlugError, listed
 
 Registered = Mapping[str, object]
 
 
-def encode(value: Any) -> Any:
+def encode(value: Any) -> Any:  # noqa: PLR0911  # one line per kind
     """Write a value as numbers, texts, None, lists and dicts.
 
     Classes and functions become `{"name": …}`, modules `{"module": …, "arguments": …}`. What cannot be built again (a
     lambda, a local function) becomes `{"lost": …}`: it can be compared and read, and :func:`decode` refuses it by name.
     """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+    if value is None:
+        return None
+    for kind in (bool, int, float, str):  # NumPy's numbers and enums are of these kinds, and not readable as what they are
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
     if isinstance(value, Mapping):
         return {str(k): encode(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [encode(v) for v in value]
+    if isinstance(value, nn.Sequential):
+        return {"sequence": [encode(child) for child in value]}
     if isinstance(value, nn.Module):
-        names = [p.name for p in inspect.signature(type(value).__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        names = [n for n in names[1:] if n in value.__dict__]
-        return {"module": _name(type(value)), "arguments": {n: encode(getattr(value, n)) for n in names}}
+        return _encode_module(value)
     name = _name(value)
     if name is None or "<" in name:
         # no address of an object in it: a run resumed in another process writes the same
         return {"lost": name or f"an object of class {type(value).__qualname__}"}
     return {"name": name}
+
+
+def _encode_module(module: nn.Module) -> dict[str, Any]:
+    """A module by its constructor arguments, where each is kept as the attribute of the same name."""
+    bare = type(module).__init__ is nn.Module.__init__  # nn.Tanh and others take nothing
+    parameters = [] if bare else list(inspect.signature(type(module).__init__).parameters.values())[1:]
+    held = {**module.__dict__, **module._parameters}
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    # torch's layers do not keep device and dtype (not needed: weights are loaded) and retired arguments, whose default is None
+    spare = {p.name for p in parameters if p.default is None and type(module).__module__.startswith("torch.nn.")}
+    missing = [p.name for p in parameters if p.name not in held and p.name not in spare]
+    if missing:
+        return {"lost": f"{type(module).__qualname__}, which does not keep its {', '.join(missing)},"}
+    return {"module": _name(type(module)), "arguments": {n: encode(held[n]) for n in named if n in held}}
 
 
 def decode(value: Any, register: Iterable[object] = ()) -> Any:
@@ -60,6 +79,8 @@ def decode(value: Any, register: Iterable[object] = ()) -> Any:
         return resolve(value["name"], register)
     if set(value) == {"module", "arguments"}:
         return resolve(value["module"], register)(**decode(value["arguments"], register))
+    if set(value) == {"sequence"}:
+        return nn.Sequential(*[decode(child, register) for child in value["sequence"]])
     if set(value) == {"lost"}:
         raise PlugError(f"the argument {value['lost']} cannot be stored in a checkpoint: give the plug to gp.load(…, plugs=[…])")
     return {k: decode(v, register) for k, v in value.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -88,16 +89,18 @@ def check_plugs(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     for entry in stored:
         record = present[entry["key"]]
         if record.arguments != entry["arguments"]:
-            names = {
-                n for n in {**record.arguments, **entry["arguments"]} if record.arguments.get(n) != entry["arguments"].get(n)
-            }
-            then, now = ({n: a.get(n) for n in sorted(names)} for a in (entry["arguments"], record.arguments))
+            # an argument that the checkpoint does not have came with a later release, its default being the old behaviour
+            names = sorted(n for n, v in entry["arguments"].items() if record.arguments.get(n) != v)
+            if not names:
+                continue
+            then, now = ({n: a.get(n) for n in names} for a in (entry["arguments"], record.arguments))
             raise PlugError(
                 f"this checkpoint was written with {record.plug}({spelled(then)}), the model has "
                 f"{record.plug}({spelled(now)}): use the same arguments"
             )
     keys = {p["key"] for p in stored}
-    added = [r.plug for k, r in present.items() if k not in keys and any(True for _ in r.parameters(module))]
+    weights = checkpoint.get("state_dict", {})
+    added = [r.plug for k, r in present.items() if k not in keys and any(name not in weights for name, _ in r.parameters(module))]
     if added:
         raise PlugError(
             f"this checkpoint was written without {listed(added)}, and has no weights for what it attached: load the "
@@ -135,15 +138,18 @@ def load(
         raise PlugError(f"{path} is no Lightning checkpoint: it has no state_dict")
     if module is None:
         module = _build(checkpoint, register, str(path))
+    module.configure_model()
     for plug in _plugs(checkpoint, register) if plugs is None else plugs:
-        plug.attach(module)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fresh weights.*")  # the trained ones come in a moment
+            plug.attach(module)
         state = checkpoint.get("callbacks", {}).get(plug.state_key)
         if state is not None:
             plug.load_state_dict(state)
     guard(module)
     try:
         module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"], strict=True)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     finally:
         unguard(module)
     return module.eval()

@@ -9,7 +9,7 @@ gradient; only the injection keeps it when reentrant activation checkpointing ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -127,7 +127,8 @@ class Objective:
         for source in self.sources:
             for name, value in source.terms(self.module).items():
                 loss = loss + value.to(loss.device)
-                values[f"{source.room}/{name}"] = value.detach()
+                full = f"{source.room}/{name}"  # two plugs of one room add up, as in the loss
+                values[full] = values[full] + value.detach() if full in values else value.detach()
         self.injection.watch(loss)
         return loss, values
 
@@ -146,8 +147,13 @@ class Objective:
 
 
 def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of the first tensor found in it, 1 if there is none."""
+    """Samples in a batch: the length of the first tensor in it that has one, 1 if there is none."""
+    return next((len(t) for t in _tensors(batch) if t.dim()), 1)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((batch_size(p) for p in parts if isinstance(p, Tensor | Mapping | list | tuple)), 1)
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)

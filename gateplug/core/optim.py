@@ -80,7 +80,7 @@ def grouping(claims: list[Claim]) -> Iterator[None]:
     Schedulers that are built after the optimizer see all groups. Nothing is done to an optimizer that exists already.
 
     Raises:
-        PlugError: a scheduler that was built in here refuses the number of groups.
+        PlugError: an optimizer (LBFGS) or scheduler that was built in here refuses the number of groups.
     """
     original = Optimizer.add_param_group
     split = False
@@ -101,7 +101,7 @@ def grouping(claims: list[Claim]) -> Iterator[None]:
         if not split:
             raise
         raise PlugError(
-            f"a scheduler does not accept the optimizer's groups: {error}. Parameters of {listed({c.owner for c in claims})} "
+            f"an optimizer or scheduler does not accept the groups: {error}. Parameters of {listed({c.owner for c in claims})} "
             "are in a group of their own, behind the group they came from: give the scheduler one value more per such "
             "group, or one value for all"
         ) from error
@@ -137,6 +137,7 @@ def _scale(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _multiply(optimizer: Optimizer) -> None:
+    _unscale(optimizer)  # after a step that failed and was caught
     for group in optimizer.param_groups:
         if group.get(_SCALE, 1) != 1:
             group["gateplug_base_lr"] = group["lr"]

@@ -54,8 +54,14 @@ class Record:
         return [(name, module) for name, module in found if module is not None]
 
     def parameters(self, root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names (as in `root.named_parameters()`) and parameters that came with the edits."""
+        """Names (as in `root.named_parameters()`) and parameters that came with the edits.
+
+        What a later plug has attached inside is that plug's.
+        """
         mine = {id(p) for _, module in self.attached() for p in module.parameters()}
+        records = all_records(root)
+        place = next((i for i, record in enumerate(records) if record.key == self.key), len(records))
+        mine -= {id(p) for later in records[place + 1 :] for _, module in later.attached() for p in module.parameters()}
         return ((name, p) for name, p in root.named_parameters() if id(p) in mine)
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from gateplug.core.edit import Edit
 from gateplug.core.errors import PlugError, listed, nearest
-from gateplug.core.fresh import initialiser
 from gateplug.core.optim import GroupOptions
 from gateplug.core.plug import Plug
 from gateplug.core.select import Layers
@@ -42,7 +41,7 @@ class ReplaceFFN(Plug):
             parameters.
         warm_start: True computes exactly what the block computed (needs match="width" and a fitting activation, see
             :func:`gateplug.glu.functional.warm_start`); "nearest" takes the nearest start where none is exact and says
-            how far off it is; False starts `gate` and `up` from the model's own initialiser.
+            how far off it is; False draws fresh weights, normal and as spread out as the weights they replace.
         bias: of the two branches; None: as the replaced layer, and wherever a warm start needs one.
         recompute: keep less for backward, see :class:`GLU`.
         multiple_of: of the hidden width under match="parameters".
@@ -115,9 +114,9 @@ class ReplaceFFN(Plug):
         empty = [name for name in layers if name not in used]
         if empty:
             raise PlugError(f"no feed-forward in {listed(empty)}. {self.nothing(module)}")
-        owner = initialiser(module, edits[0].layer)
-        config: object = getattr(owner, "config", None)
-        if not self.warm_start and getattr(config, "_name_or_path", None):
+        parents = [module.get_submodule(edits[0].layer.rsplit(".", n)[0]) for n in range(1, edits[0].layer.count(".") + 1)]
+        configs: list[object] = [getattr(m, "config", None) for m in [*parents, module]]
+        if not self.warm_start and any(getattr(config, "_name_or_path", None) for config in configs):
             warnings.warn(
                 "ReplaceFFN gives a pretrained model feed-forwards with fresh weights. To keep what it has learnt, use "
                 "variant='auto', match='width', warm_start=True",

@@ -54,7 +54,8 @@ class GatedProduct(Gate):
         if not self.recompute:
             return functional.activation(self.activation)(a) * b
         out = functional.gated(a, b, self.activation)
-        out.branches = (a, b)  # type: ignore[attr-defined]
+        if not torch.compiler.is_compiling():  # a compiler chooses by itself what it keeps
+            out.branches = (a, b, out._version)  # type: ignore[attr-defined]
         return out
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,8 +187,8 @@ class RecomputingDown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(…, hidden)` to `(…, out)`."""
         weight = self.weight.T if self.transposed else self.weight
-        branches = getattr(x, "branches", None)
-        if branches is None:
+        branches = None if torch.compiler.is_compiling() else getattr(x, "branches", None)
+        if branches is None or branches[2] != x._version:  # something stood between, or changed the product in place
             return nn.functional.linear(x, weight, self.bias)
-        a, b = branches
+        a, b, _ = branches
         return functional.gated_down(a, b, weight, self.activation, self.bias)

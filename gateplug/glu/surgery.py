@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gateplug.core.edit import Edit, Replace, SetAttribute
-from gateplug.core.fresh import initialise, seeded
+from gateplug.core.errors import PlugError
+from gateplug.core.fresh import redraw, seeded, spread
 from gateplug.core.record import Record
-from gateplug.glu.blocks import FeedForward
+from gateplug.glu.blocks import FeedForward, widths
 from gateplug.glu.functional import VARIANTS, nearest_start, warm_start
 from gateplug.glu.layers import GatedProduct, PlainActivation, RecomputingDown
 
@@ -48,10 +50,15 @@ def gated(
         if bias is False and needs:
             raise ValueError(f"the warm start of {block.first} needs a bias in the gated branches: bias=False cannot have it")
         bias = needs or b_in is not None if bias is None else bias
+    else:
+        _not_frozen(block, first)
     bias = b_in is not None if bias is None else bias
-    with seeded(block.first, weight.device):
+    with seeded(block.first, weight):
         product = GatedProduct(block.dim, hidden, gate, bias, recompute, weight.device, weight.dtype)
-        initialise(root, block.first, product)
+        for branch in (product.gate, product.up):
+            redraw(branch.weight, weight)
+            redraw(branch.bias, b_in)  # type: ignore[arg-type]
+    product.requires_grad_(weight.requires_grad)
     if start is not None:
         with torch.no_grad():
             product.gate.weight.copy_(start[0])
@@ -62,7 +69,7 @@ def gated(
     name = next((v for v, a in VARIANTS.items() if a == gate), f"gated {gate}")
     what = f"{sizes(block)} {block.activation or 'activation'} → {name} {block.dim}→2·{hidden}→{block.out}, {note}"
     edits: list[Edit] = [Replace(block.first, product, what), replace_activation(root, block, nn.Identity())]
-    last = second if hidden == block.hidden else fresh_linear(root, block.second, hidden, block.out)
+    last = second if hidden == block.hidden else fresh_linear(root, block, block.second, hidden, block.out)
     last = RecomputingDown(last, gate) if recompute else last
     return edits if last is second else [*edits, Replace(block.second, last)]
 
@@ -85,12 +92,25 @@ def _start(
         return start, f"nearest start, hidden units off by {100 * off:.2g} %"
 
 
+def _not_frozen(block: FeedForward, first: nn.Module) -> None:
+    if not any(p.requires_grad for p in first.parameters()):
+        raise PlugError(
+            f"{block.first} is frozen (requires_grad=False) and would get fresh weights that nobody trains: leave it out with "
+            "`layers=` (a frozen copy of the network, say), unfreeze it before, or start warm (match='width', warm_start=True)"
+        )
+
+
 def plain(root: nn.Module, block: FeedForward, act: str | None) -> list[Edit]:
-    """Edits that give a plain block fresh weights, and another activation if `act` names one."""
+    """Edits that give a plain block fresh weights, and another activation if `act` names one.
+
+    Raises:
+        PlugError: the block is frozen.
+    """
+    _not_frozen(block, root.get_submodule(block.first))
     what = f"{sizes(block)} {block.activation or 'activation'} → {act or 'the same'}, fresh"
     edits: list[Edit] = [
-        Replace(block.first, fresh_linear(root, block.first, block.dim, block.hidden), what),
-        Replace(block.second, fresh_linear(root, block.second, block.hidden, block.out)),
+        Replace(block.first, fresh_linear(root, block, block.first, block.dim, block.hidden), what),
+        Replace(block.second, fresh_linear(root, block, block.second, block.hidden, block.out)),
     ]
     return edits if act is None else [*edits, replace_activation(root, block, PlainActivation(act))]
 
@@ -102,15 +122,23 @@ def replace_activation(root: nn.Module, block: FeedForward, new: nn.Module) -> E
     return SetAttribute(block.holder, block.attribute, new)
 
 
-def fresh_linear(root: nn.Module, name: str, d_in: int, d_out: int) -> nn.Module:
-    """A dense layer of the kind that stands at `name`, with other widths and fresh weights."""
-    old = root.get_submodule(name)
+def fresh_linear(root: nn.Module, block: FeedForward, name: str, d_in: int, d_out: int) -> nn.Module:
+    """A dense layer of the kind that stands at `name`, with other widths and fresh weights.
+
+    Where both layers of the block are spread as 1/√fan-in (T5's, torch's own), a narrower one is spread wider in proportion.
+    """
+    old, first, second = (root.get_submodule(n) for n in (name, block.first, block.second))
     weight = old.weight
     assert isinstance(weight, Tensor)
-    with seeded(name, weight.device):
+    assert isinstance(first.weight, Tensor)
+    assert isinstance(second.weight, Tensor)
+    by_fan_in = math.isclose(spread(first.weight) * block.dim**0.5, spread(second.weight) * block.hidden**0.5, rel_tol=0.1)
+    with seeded(name, weight):
         new = nn.Linear(d_in, d_out, old.bias is not None) if isinstance(old, nn.Linear) else type(old)(d_out, d_in)
         new = new.to(weight.device, weight.dtype)
-        initialise(root, name, new)
+        assert isinstance(new.weight, Tensor)
+        redraw(new.weight, weight, (widths(old)[0] / d_in) ** 0.5 if by_fan_in else 1.0)
+        redraw(new.bias, old.bias)  # type: ignore[arg-type]
     return new
 
 

@@ -16,7 +16,7 @@ from gateplug.core.edit import Edit, Replace, SetAttribute
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.optim import GroupOptions
 from gateplug.core.plug import Plug
-from gateplug.core.select import Layers
+from gateplug.core.select import Layers, select
 from gateplug.core.wrap import wrap
 from gateplug.privacy.layers import TemperedSigmoid
 from gateplug.privacy.sites import Old, Site, calls_of, find, is_pooler, present
@@ -93,7 +93,7 @@ class ReplaceActivation(Plug):
         if example is None:
             return
         try:
-            with still(module), calls_of(module, self._old) as seen:
+            with still(module), calls_of(module, self._old, self._own(module)) as seen:
                 call(module, example)
         except BaseException:
             self.detach(module)
@@ -103,23 +103,28 @@ class ReplaceActivation(Plug):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, and have the first training step watched."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not self._checked:
+        if stage == "fit":
+            self._checked = False  # it may be another module than last time
             wrap(pl_module, "training_step", self, partial(self._watch, pl_module))
 
     def _watch(self, module: LightningModule, step: Any, /, *args: Any, **kwargs: Any) -> Any:
         if self._checked:
             return step(*args, **kwargs)
         # a compiled network shows no calls: this one step runs uncompiled
-        with torch.compiler.set_stance("force_eager"), calls_of(module, self._old) as seen:
+        with torch.compiler.set_stance("force_eager"), calls_of(module, self._old, self._own(module)) as seen:
             out = step(*args, **kwargs)
         self._refuse(module, seen)
         self._checked = True
         return out
 
     def _refuse(self, module: nn.Module, seen: list[str]) -> None:
-        chosen = None if self.layers == "auto" else list(self.describe(module))
-        mine = [s for s in seen if chosen is None or any(s.startswith(c) for c in chosen)]
+        try:
+            chosen = [""] if self.layers == "auto" else list(select(module, self.layers, {}))
+        except PlugError:  # the layers were named by the class of the activation, which is gone
+            chosen = [name.rpartition(".")[0] for name in self.describe(module)]
+        mine = [n for n in seen if any(not c or f"{n}.".startswith(f"{c}.") for c in chosen)]
         if mine:
+            mine = [f"{n or 'the module itself'} ({type(module.get_submodule(n)).__name__})" for n in mine]
             self.detach(module)
             raise PlugError(
                 f"{self._old} is called as a function in the forward of {listed(mine)}, where no plug can reach it: hold "
@@ -130,6 +135,10 @@ class ReplaceActivation(Plug):
         if self.layers == "auto":
             return not is_pooler(site)
         return any(not n or f"{site.name}.".startswith(f"{n}.") for n in layers)
+
+    def _own(self, module: nn.Module) -> list[nn.Module]:
+        found = self._found(module)
+        return [m for _, m in found.attached()] if found else []
 
     def _make(self) -> nn.Module:
         made = copy.deepcopy(self.new) if isinstance(self.new, nn.Module) else self.new()

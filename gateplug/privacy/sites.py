@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +43,16 @@ class Old:
             TypeError: something else.
         """
         if isinstance(old, str):
-            if old not in ACTIVATIONS:
-                raise ValueError(f"old={old!r} is not known; allowed are {', '.join(ACTIVATIONS)}, or a class such as nn.ReLU")
+            if old not in ACTIVATIONS or old == "linear":
+                known = ", ".join(name for name in ACTIVATIONS if name != "linear")
+                raise ValueError(f"old={old!r} is not known; allowed are {known}, or a class such as nn.ReLU")
             return Old(None, old)
         if not (isinstance(old, type) and issubclass(old, nn.Module)):
             raise TypeError(f"old={old!r} must be an activation class such as nn.ReLU, or a name among {', '.join(ACTIVATIONS)}")
+        if old is nn.Module or (old.__module__.startswith("torch.nn.") and old.__module__ != "torch.nn.modules.activation"):
+            raise TypeError(
+                f"old={old.__name__} is no activation: give one such as nn.ReLU, or a name among {', '.join(ACTIVATIONS)}"
+            )
         try:
             return Old(old, activation_name(old()))
         except TypeError:  # a class with required arguments is found by class alone
@@ -111,10 +116,10 @@ def is_pooler(site: Site) -> bool:
 
 
 class _Calls(TorchFunctionMode):
-    def __init__(self, names: set[str], stack: list[str]) -> None:
+    def __init__(self, names: set[str], stack: list[str | None]) -> None:
         super().__init__()
         self.names, self.stack = names, stack
-        self.seen: list[str] = []
+        self.seen: list[str | None] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in self.names and self.stack:
@@ -122,29 +127,46 @@ class _Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _leave(stack: list[str]) -> None:
-    stack.pop()
+class _Enter:
+    """Forward pre-hook that puts a name on the stack."""
+
+    def __init__(self, stack: list[str | None], name: str | None) -> None:
+        self.stack, self.name = stack, name
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.stack.append(self.name)
+
+
+class _Leave:
+    """Forward hook that takes it off."""
+
+    def __init__(self, stack: list[str | None]) -> None:
+        self.stack = stack
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.stack.pop()
 
 
 @contextmanager
-def calls_of(root: nn.Module, old: Old) -> Iterator[list[str]]:
-    """While this lasts, note the modules of `root` in whose own forward the functional form of `old` is called.
+def calls_of(root: nn.Module, old: Old, own: Iterable[nn.Module] = ()) -> Iterator[list[str]]:
+    """While this lasts, note the names of the modules of `root` in whose own forward the functional form of `old` is called.
 
-    Calls by an activation module itself are not noted: such a module is a site.
+    Calls by an activation module itself are not noted, such a module is a site; nor are those by the modules in `own`.
     """
+    inside = {id(m) for module in own for m in module.modules()}
     names = _FUNCTIONAL.get(old.function or "", set())
-    stack: list[str] = []
+    stack: list[str | None] = []
     handles: list[RemovableHandle] = []
     for name, module in root.named_modules():
-        shown = "" if is_activation(module) else f"{name or 'the module itself'} ({type(module).__name__})"
-        handles.append(module.register_forward_pre_hook(lambda m, a, n=shown: stack.append(n)))
-        handles.append(module.register_forward_hook(lambda m, a, o: _leave(stack), always_call=True))
+        noted = None if is_activation(module) or id(module) in inside else name
+        handles.append(module.register_forward_pre_hook(_Enter(stack, noted)))
+        handles.append(module.register_forward_hook(_Leave(stack), always_call=True))
     mode = _Calls(names, stack)
     seen: list[str] = []
     try:
         with mode:
             yield seen
     finally:
-        seen.extend(dict.fromkeys(n for n in mode.seen if n))
+        seen.extend(dict.fromkeys(n for n in mode.seen if n is not None))
         for handle in handles:
             handle.remove()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,19 @@ def test_arguments_go_to_plain_python_and_back() -> None:
     class Local(nn.Module):
         pass
 
+    class Forgets(nn.Module):
+        def __init__(self, slope: float = 0.1) -> None:
+            super().__init__()
+            self.a = slope
+
+    sequence = decode(encode(nn.Sequential(nn.Tanh(), nn.Hardtanh(-0.5, 0.5))))
+    assert [type(m) for m in sequence] == [nn.Tanh, nn.Hardtanh]
+    assert sequence[1].max_val == 0.5
+    assert type(encode(np.float64(0.5))) is float
+    with pytest.raises(gp.PlugError, match="does not keep its slope"):
+        decode(encode(Forgets(0.7)))
+    trained = gp.TemperedSigmoid(1.5, trainable=True)
+    assert float(decode(encode(trained)).scale) == 1.5
     values = [1, 0.5, "x", None, True, [1, 2], {"a": [3]}, nn.ReLU, gp.TemperedSigmoid, nn.LeakyReLU(0.3), nn.Tanh()]
     for value in values:
         back = decode(encode(value))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gateplug as gp
-from gateplug.core.objective import Injection, Objective, batch_size
+from gateplug.core.objective import Injection, batch_size
 from tests.modules import UserModule, digits, loader, trainer
 from tests.plugs import ToyPlug
 
@@ -165,27 +165,46 @@ def test_manual_optimization_is_refused_with_the_way_out(tmp_path: Path) -> None
     assert list(module.state_dict()) == list(UserModule().state_dict())
 
 
-def test_a_loop_of_ones_own_gets_the_same_gradient() -> None:
+def test_a_loop_of_ones_own_gets_the_gradient_of_the_sum_from_the_first_step_on() -> None:
     torch.manual_seed(0)
     x, y = digits(8)[:]
-    module = UserModule()
-    plug = ToyPlug()
-    plug.attach(module.net)
-    loss = plug.total_loss(module.net, F.cross_entropy(module.net(x), y))
-    loss.backward()
-    first = module.net.embed.weight.grad.clone()
-    assert Objective.of(module.net).sources == [plug]
-    module.net.zero_grad()
-    plug.total_loss(module.net, F.cross_entropy(module.net(x), y)).backward()
-    plug.detach(module.net)
-    energy_in = module.net.embed.weight.grad
-    # the first forward ran before the plug had joined the objective: the injection was not yet in it
-    assert not torch.equal(first, energy_in)
+    net = UserModule().net
+    one = ToyPlug(layers="blocks.0.fc2", sparsity=0.2)
+    two = ToyPlug(layers="blocks.1.fc2", energy=0.7)
+    for plug in (one, two):
+        plug.attach(net)
+    outs: list[Tensor] = []
+    for block in net.blocks:
+        block.fc2.gate.register_forward_hook(lambda m, a, out: outs.append(out))
+    for factor in (1.0, 8.0):  # a loss scale of one's own
+        net.zero_grad()
+        loss = two.total_loss(net, one.total_loss(net, F.cross_entropy(net(x), y)))
+        (factor * loss).backward()
+        grads = {n: p.grad / factor for n, p in net.named_parameters()}
+        for plug in (one, two):
+            for gate in plug.gates(net).values():
+                gate.injection = None
+        net.zero_grad()
+        outs.clear()
+        literal = F.cross_entropy(net(x), y) + 0.3 * outs[0].square().mean() + 0.7 * outs[1].square().mean()
+        literal = literal + sum(w * torch.sigmoid(net.blocks[i].fc2.gate.logit).mean() for i, w in enumerate((0.2, 0.1)))
+        literal.backward()
+        assert all(torch.allclose(grads[n], p.grad, atol=1e-7) for n, p in net.named_parameters())
+        for plug in (one, two):
+            plug.attach(net)
+    assert "training_step" not in net.__dict__
 
 
 @pytest.mark.parametrize(
     ("batch", "size"),
-    [(torch.ones(3, 2), 3), ((torch.ones(4), 1), 4), ({"a": "text", "b": [torch.ones(5)]}, 5), (None, 1), (torch.ones(()), 1)],
+    [
+        (torch.ones(3, 2), 3),
+        ((torch.ones(()), ["a", "b"], torch.ones(8)), 8),
+        ((torch.ones(4), 1), 4),
+        ({"a": "text", "b": [torch.ones(5)]}, 5),
+        (None, 1),
+        (torch.ones(()), 1),
+    ],
 )
 def test_batch_size_is_the_length_of_the_first_tensor(batch: Any, size: int) -> None:
     assert batch_size(batch) == size

@@ -80,6 +80,9 @@ def test_in_a_training_the_first_step_finds_the_call(tmp_path: Path) -> None:
     with pytest.raises(gp.PlugError, match=r"net\.2 \(Calls\)"):
         trainer(tmp_path, callbacks=[gp.ReplaceActivation(nn.ReLU)]).fit(module, loader())
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    for layers in ("net.2", ["net.2"], "class:Calls", Calls):
+        with pytest.raises(gp.PlugError, match=r"net\.2 \(Calls\)"):
+            trainer(tmp_path, callbacks=[gp.ReplaceActivation(nn.ReLU, layers=layers)]).fit(module, loader())
     elsewhere = gp.ReplaceActivation(nn.ReLU, layers="net.3")
     module.net[3] = nn.Sequential(nn.ReLU(), nn.Linear(4, 10))
     trainer(tmp_path, callbacks=[elsewhere], max_steps=2).fit(module, loader())
@@ -116,6 +119,19 @@ def test_sites_of_known_families(model: Any, old: Any, sites: list[str]) -> None
     assert sum(isinstance(m, gp.TemperedSigmoid) for m in net.modules()) == len(found)
     plug.detach(net)
     assert find(net, Old.of(old)) == found
+
+
+def test_what_comes_in_may_compute_by_the_same_function() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+    plug = gp.ReplaceActivation(nn.Sigmoid, gp.TemperedSigmoid(1.5, 2.0, 0.7, trainable=True))
+    plug.attach(net, example=torch.randn(2, 4))
+    assert isinstance(net[1], gp.TemperedSigmoid)
+
+
+@pytest.mark.parametrize("old", [nn.Linear, nn.Module, nn.Sequential, "linear"])
+def test_what_is_no_activation_is_refused(old: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="old="):
+        gp.ReplaceActivation(old)
 
 
 def test_the_poolers_tanh_is_left_unless_named() -> None:
