@@ -46,6 +46,10 @@ CASES: dict[str, Case] = {
             ({"multiple_of": 0}, ValueError, "≥ 1"),
             ({"multiple_of": 8.0}, ValueError, "whole number"),
             ({"lr_scale": -1.0}, ValueError, "≥ 0"),
+            ({"lr_scale": "0.5"}, ValueError, "must be a finite number"),
+            ({"bias": "no"}, TypeError, "bias='no'"),
+            ({"recompute": "no"}, TypeError, "recompute='no'"),
+            ({"variant": None}, ValueError, "not known"),
             ({"layers": "decoder.*"}, gp.PlugError, "finds no layer"),
             ({"layers": 3}, TypeError, "way to name layers"),
         ],
@@ -63,7 +67,7 @@ CASES: dict[str, Case] = {
     ),
     "GateMonitor": Case(
         lambda: [gp.ReplaceFFN("geglu"), gp.GateMonitor(every_n_steps=3)],
-        bad=[({"every_n_steps": 0}, ValueError, "≥ 1")],
+        bad=[({"every_n_steps": 0}, ValueError, "≥ 1"), ({"every_n_steps": 2.5}, ValueError, "whole number")],
     ),
     "ToyPlug": Case(
         lambda: [ToyPlug()],

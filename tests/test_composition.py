@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 
 import gateplug as gp
@@ -90,6 +90,41 @@ def test_the_two_replacing_plugs_go_together_on_different_layers(tmp_path: Path)
 def test_the_same_plug_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `ReplaceFFN`"):
         trainer(tmp_path, callbacks=[gp.ReplaceFFN("swiglu"), gp.ReplaceFFN("geglu")]).fit(UserModule(), loader())
+
+
+def test_a_run_that_fails_before_its_first_batch_leaves_the_model_bare(tmp_path: Path) -> None:
+    module = UserModule()
+    attributes = set(module.__dict__)
+    with pytest.raises(gp.PlugError):
+        trainer(tmp_path, callbacks=[gp.ReplaceFFN("swiglu"), gp.ReplaceActivation(nn.GELU)]).fit(module, loader())
+    assert list(module.state_dict()) == list(UserModule().state_dict())
+    assert not (set(module.__dict__) - attributes) & {"on_save_checkpoint", "on_load_checkpoint", "training_step"}
+    trainer(tmp_path, callbacks=[gp.ReplaceFFN("geglu")], max_steps=1).fit(module, loader())
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("copies", [StochasticWeightAveraging, EMAWeightAveraging])
+def test_averaged_copies_of_the_model_have_the_plugs(copies: Any, late: bool, tmp_path: Path) -> None:
+    class Metrics(UserModule):
+        def setup(self, stage: str) -> None:
+            self.ready = True
+
+    def made() -> Any:
+        return copies(swa_lrs=0.01) if copies is StochasticWeightAveraging else copies()
+
+    module = Metrics() if late else UserModule()
+    trainer(tmp_path, callbacks=[gp.ReplaceFFN("swiglu"), made()]).fit(module, loader())
+    assert "net.blocks.0.fc1.gate.weight" in module.state_dict()
+    with pytest.raises(gp.PlugError, match="put ReplaceFFN before it"):
+        trainer(tmp_path, callbacks=[made(), gp.ReplaceFFN("swiglu")]).fit(UserModule(), loader())
+
+
+def test_a_plug_that_refuses_another_says_why(tmp_path: Path) -> None:
+    class Shy(ToyPlug):
+        refuses = {"GateMonitor": "it does not like to be looked at"}  # noqa: RUF012
+
+    with pytest.raises(gp.PlugError, match="Shy cannot be used with GateMonitor: it does not like"):
+        trainer(tmp_path, callbacks=[Shy(), gp.GateMonitor()]).fit(UserModule(), loader())
 
 
 def test_two_plugs_of_a_kind_on_different_layers(tmp_path: Path) -> None:

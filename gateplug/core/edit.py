@@ -65,6 +65,8 @@ class Replace:
 class AddGate:
     """Make a gate a sub-module of the layer it gates, `layer.gate`, and run it on the layer's output by a forward hook.
 
+    Where the layer has something of that name, it is `layer.<room>_gate`.
+
     A plain `nn.Sequential` runs its children by itself: there the gate is simply the last of them, without a hook.
     """
 
@@ -81,6 +83,8 @@ class AddGate:
     def apply(self, root: nn.Module) -> None:
         """Make the change in `root`; PlugError when the layer has such a child already or is never called."""
         layer = root.get_submodule(self.layer)
+        if hasattr(layer, self.name) and self.gate.room:  # a gated feed-forward has a `gate` of its own
+            self.name = f"{self.gate.room}_{self.name}"
         if hasattr(layer, self.name):
             raise PlugError(
                 f"{type(layer).__name__} has something named {self.name!r} already: the gate cannot be its {self.name!r}"

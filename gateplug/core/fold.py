@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from lightning import LightningModule
 from torch import nn
+from torchmetrics import Metric
 
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.objective import Objective
 from gateplug.core.record import all_records, forget
+from gateplug.core.strip import strip
 from gateplug.core.wrap import Wrapped
+
+_LIGHTNING = frozenset(LightningModule().__dict__) - frozenset(nn.Module().__dict__)
+"""Attributes that Lightning gives an instance."""
 
 
 def fold(module: nn.Module) -> nn.Module:
@@ -56,29 +60,24 @@ def _without_run(module: nn.Module) -> nn.Module:
 
 
 def _plain(module: nn.Module) -> nn.Module:
+    """A module without Lightning, also inside."""
+    for name, child in list(module.named_children()):
+        plain = _plain(child)
+        if plain is not child:
+            module._modules[name] = plain
     if not isinstance(module, LightningModule):
         return module
     holders = [child for child in module.children() if any(True for _ in child.parameters())]
-    if len(holders) == 1 and not module._parameters:
+    own_forward = type(module).forward is not LightningModule.forward
+    # what lies beside the network (a buffer with the mean of the data …) belongs to the forward; metrics do not
+    others = [c for c in module.children() if c not in holders and not isinstance(c, Metric) and any(True for _ in c.buffers())]
+    beside = bool(module._parameters or module._buffers or others)
+    if len(holders) == 1 and not (beside and own_forward):
         return holders[0]
-    if type(module).forward is LightningModule.forward:
+    if not own_forward:
         names = [name for name, child in module.named_children() if child in holders]
         raise PlugError(
             f"{type(module).__name__} has no forward and holds parameters in several parts ({listed(names)}): "
             "fold the part that you need, e.g. gp.fold(module.net), or give the module a forward"
         )
-    return _stripped(module)
-
-
-def _stripped(module: LightningModule) -> nn.Module:
-    """The user's class with Lightning taken out: the attributes that its own bases define, over nn.Module."""
-    own: dict[str, Any] = {}
-    for base in reversed(type(module).__mro__):
-        if not issubclass(base, LightningModule) or base.__module__.startswith("lightning."):
-            continue
-        own.update({k: v for k, v in vars(base).items() if k not in ("__dict__", "__weakref__", "__init__", "__slots__")})
-    cls = type(type(module).__name__, (nn.Module,), {**own, "__module__": __name__})
-    plain: nn.Module = cls()
-    lightning = set(LightningModule().__dict__) - set(nn.Module().__dict__)
-    plain.__dict__.update({k: v for k, v in module.__dict__.items() if k not in lightning})
-    return plain
+    return strip(type(module), {k: v for k, v in module.__dict__.items() if k not in _LIGHTNING or k == "_hparams"})

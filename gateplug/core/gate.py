@@ -18,6 +18,8 @@ class Openness:
 
     values: Tensor
     axes: tuple[str, ...]
+    rows: int = 1
+    """How many samples or tokens it is the mean of."""
 
 
 class Gate(nn.Module):
@@ -55,7 +57,7 @@ class Gate(nn.Module):
         """Mean over all that was recorded since :meth:`reset`, or None when nothing was."""
         if self._sum is None:
             return None
-        return Openness(self._sum / max(self._rows, 1), self.axes)
+        return Openness(self._sum / max(self._rows, 1), self.axes, max(self._rows, 1))
 
     def reset(self) -> None:
         """Forget what was recorded."""

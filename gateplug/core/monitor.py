@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -41,8 +42,10 @@ class GateMonitor(Plug):
     attaches: ClassVar[bool] = False
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be ≥ 1: the number of training batches from look to look")
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(
+                f"every_n_steps={every_n_steps!r} must be a whole number ≥ 1: the number of training batches from look to look"
+            )
         self.every_n_steps = every_n_steps
         self._gates: dict[str, Gate] = {}
         self._last: dict[str, Openness] = {}
@@ -73,11 +76,7 @@ class GateMonitor(Plug):
         if not any(gate.recording for gate in self._gates.values()):
             return
         self._looked = True
-        for name, gate in self._gates.items():
-            if (openness := gate.openness()) is not None:
-                values = trainer.strategy.reduce(openness.values.float(), reduce_op="mean")
-                assert isinstance(values, Tensor)
-                self._last[name] = Openness(values, openness.axes)
+        self._last = self._read()
         self._record(False)
         if trainer.is_global_zero and self._last:
             self._write(trainer)
@@ -98,12 +97,29 @@ class GateMonitor(Plug):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no gate recording."""
         self._record(False)
+        self._gates, self._last = {}, {}
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no gate recording."""
         self._record(False)
         super().on_exception(trainer, pl_module, exception)
+
+    def _read(self) -> dict[str, Openness]:
+        """The openness of all gates, over all processes; a gate may have run on some of them only."""
+        local = {name: (o.values.float().cpu(), o.axes, o.rows) for name, g in self._gates.items() if (o := g.openness())}
+        parts = [local]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            parts = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(parts, local)
+        found: dict[str, Openness] = {}
+        for name in self._gates:
+            seen = [part[name] for part in parts if name in part]
+            rows = sum(n for _, _, n in seen)
+            if seen:
+                mean = torch.stack([values * (n / rows) for values, _, n in seen]).sum(0)
+                found[name] = Openness(mean, seen[0][1], rows)
+        return found
 
     def _record(self, on: bool) -> None:
         for gate in self._gates.values():

@@ -30,10 +30,14 @@ class GroupOptions:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lr_scale < float("inf"):
-            raise ValueError(f"lr_scale={self.lr_scale} must be a finite number ≥ 0")
-        if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay={self.weight_decay} must be a finite number ≥ 0, or None for the optimizer's own")
+        for name, value in (("lr_scale", self.lr_scale), ("weight_decay", self.weight_decay)):
+            none = " (or None for the optimizer's own)" if name == "weight_decay" else ""
+            if (value is None and not none) or (value is not None and not _finite(value)):
+                raise ValueError(f"{name}={value!r} must be a finite number ≥ 0{none}")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < float("inf")
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,9 @@ class Plug(Attachable, Callback):
             if other is self:
                 return
             if self.attaches and isinstance(other, WeightAveraging | StochasticWeightAveraging):
+                name = type(other).__name__
                 raise PlugError(
-                    f"{type(other).__name__} copies the model when it is set up: put {type(self).__name__} before it in the callbacks"
+                    f"{name} copies the model when it is set up: put {type(self).__name__} before it in the callbacks"
                 )
 
     def _adds(self) -> bool:

@@ -46,7 +46,7 @@ def widths(linear: nn.Module) -> tuple[int, int]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a dense layer in one of the two forms that models use."""
-    return type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 def find(module: nn.Module) -> tuple[list[FeedForward], list[str]]:
@@ -92,9 +92,10 @@ def _candidates(module: nn.Module) -> Iterator[FeedForward]:
 
 
 def _activations(layer: nn.Module) -> list[tuple[str, Any]]:
-    children = [(n, m) for n, m in layer.named_children() if is_activation(m)]
+    # not named_children, which gives an instance that stands twice only once
+    children = [(n, m) for n, m in layer._modules.items() if m is not None and is_activation(m)]
     functions = [(n, layer.__dict__[n]) for n in ATTRIBUTES if callable(layer.__dict__.get(n))]
-    named = [(n, m) for n, m in layer.named_children() if n in ATTRIBUTES and not is_linear(m)]
+    named = [(n, m) for n, m in layer._modules.items() if n in ATTRIBUTES and m is not None and not is_linear(m)]
     return list({n: (n, m) for n, m in children + functions + named}.values())
 
 
@@ -129,7 +130,10 @@ def _run(root: nn.Module, block: FeedForward) -> str | None:
     weight = first.weight
     assert isinstance(weight, Tensor)
     if weight.is_meta:
-        return "its weights are on the meta device and cannot be run"
+        return "its weights are on the meta device and cannot be run: attach after they are made, e.g. in configure_model"
+    for layer in (first, second):
+        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
+            return f"a {type(layer).__name__} is more than a linear layer, and would be lost"
     original = getattr(holder, block.attribute)
     witness = _Witness(original)
     seen: dict[str, Tensor] = {}

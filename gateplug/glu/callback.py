@@ -43,7 +43,8 @@ class ReplaceFFN(Plug):
             :func:`gateplug.glu.functional.warm_start`); "nearest" takes the nearest start where none is exact and says
             how far off it is; False draws fresh weights, normal and as spread out as the weights they replace.
         bias: of the two branches; None: as the replaced layer, and wherever a warm start needs one.
-        recompute: keep less for backward, see :class:`GLU`.
+        recompute: keep less for backward, see :class:`GLU`. At equal width the second layer's weights are then the same
+            parameters, so `detach` gives them back as trained.
         multiple_of: of the hidden width under match="parameters".
         lr_scale: factor on the learning rate of what comes in, ≥ 0.
 
@@ -69,7 +70,10 @@ class ReplaceFFN(Plug):
     ) -> None:
         allowed = [*VARIANTS, "auto", *PLAIN]
         if variant not in allowed:
-            raise ValueError(f"variant={variant!r} is not known.{nearest(variant, allowed)} Allowed are {listed(allowed)}")
+            raise ValueError(f"variant={variant!r} is not known.{nearest(str(variant), allowed)} Allowed are {listed(allowed)}")
+        for name, flag in (("bias", bias), ("recompute", recompute)):
+            if not isinstance(flag, bool) and not (name == "bias" and flag is None):
+                raise TypeError(f"{name}={flag!r} must be True or False" + (", or None" if name == "bias" else ""))
         if match not in ("parameters", "width"):
             raise ValueError(f"match={match!r} must be 'parameters' (equal parameters) or 'width' (equal hidden width)")
         if warm_start not in (True, False, "nearest"):
@@ -85,6 +89,7 @@ class ReplaceFFN(Plug):
             raise ValueError(f"multiple_of={multiple_of!r} must be a whole number ≥ 1")
         self.variant, self.layers, self.match, self.warm_start = variant, layers, match, warm_start
         self.bias, self.recompute, self.multiple_of, self.lr_scale = bias, recompute, multiple_of, lr_scale
+        self._left: list[str] = []
         options = GroupOptions(lr_scale)
         self.group = options if lr_scale != 1 else None
 
@@ -104,7 +109,7 @@ class ReplaceFFN(Plug):
 
     def plan(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterable[Edit]:
         """Edits for every block in the selected layers."""
-        blocks, _ = find(module)
+        blocks, self._left = find(module)
         edits: list[Edit] = []
         used: set[str] = set()
         for block in blocks:
@@ -141,6 +146,8 @@ class ReplaceFFN(Plug):
         found = self._found(pl_module)
         new = not self._announced
         super().on_fit_start(trainer, pl_module)
+        if new and self._left:
+            print_table("Left as they are", ("pair of layers",), [(text,) for text in self._left])
         if new and found is not None:
             rows = [(w, f"{b:,}", f"{a:,}", f"{a / b:.3f}") for w, (b, a) in cost_change(pl_module, found).items()]
             print_table("Feed-forwards", ("", "before", "after", "ratio"), rows)

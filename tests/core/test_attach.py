@@ -26,12 +26,14 @@ def put(net: nn.Module, *edits: Edit) -> None:
 def test_an_error_in_the_middle_undoes_what_was_done() -> None:
     net = Net()
     text, keys = repr(net), list(net.state_dict())
-    net.blocks[1].fc2.add_module("gate", nn.Identity())
+    for name in ("gate", "toy_gate"):
+        net.blocks[1].fc2.add_module(name, nn.Identity())
     taken = repr(net)
-    with pytest.raises(gp.PlugError, match="named 'gate' already"):
+    with pytest.raises(gp.PlugError, match="named 'toy_gate' already"):
         ToyPlug().attach(net)
     assert repr(net) == taken
-    del net.blocks[1].fc2._modules["gate"]
+    for name in ("gate", "toy_gate"):
+        del net.blocks[1].fc2._modules[name]
     assert (repr(net), list(net.state_dict())) == (text, keys)
     assert not net.blocks[0].fc2._forward_hooks
 

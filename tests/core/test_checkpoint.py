@@ -204,6 +204,51 @@ def test_fold_of_a_module_with_several_parts_keeps_its_forward() -> None:
         gp.fold(blind)
 
 
+class Base(L.LightningModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.hparams.k
+
+
+class Normalised(Base):
+    """A forward with a buffer, `super()`, the device and hyperparameters, around one network that is a LightningModule."""
+
+    def __init__(self, k: float = 3.0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = UserModule()
+        self.register_buffer("mean", torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - self.mean.to(self.device)).softmax(-1)
+
+
+def test_fold_keeps_a_forward_that_is_more_than_its_network(tmp_path: Path) -> None:
+    module = Normalised()
+    gp.ReplaceFFN().attach(module)
+    plain = gp.fold(module)
+    x = digits(3)[:][0]
+    assert torch.allclose(plain(x), module.eval()(x), atol=1e-6)
+    assert not any(isinstance(m, L.LightningModule) for m in plain.modules())
+    torch.save(plain, tmp_path / "plain.pt")
+    assert torch.equal(torch.load(tmp_path / "plain.pt", weights_only=False)(x), plain(x))
+    torch.export.export(plain, (x,))
+
+
+def test_a_module_built_in_configure_model_is_opened(tmp_path: Path) -> None:
+    from tests.modules import LateModule
+
+    module, path = saved(tmp_path, gp.ReplaceFFN("swiglu"), module=LateModule())
+    loaded = gp.load(path, LateModule())
+    assert all(torch.equal(v, module.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+def test_a_plug_attached_by_hand_is_named_by_a_trainer_without_callbacks(tmp_path: Path) -> None:
+    module = UserModule()
+    gp.ReplaceFFN("swiglu").attach(module)
+    _, path = saved(tmp_path, module=module)
+    assert torch.equal(gp.load(path, UserModule()).net.head.weight, module.net.head.weight)
+
+
 def test_fold_of_a_bare_net_and_of_a_net_without_plugs() -> None:
     net = Net()
     assert torch.equal(gp.fold(net)(digits(2)[:][0]), net(digits(2)[:][0]))

@@ -136,6 +136,80 @@ def test_a_parameter_in_no_optimizer_is_named(tmp_path: Path) -> None:
     check_trained([], {"frozen": frozen}, "Toy")
 
 
+class Decayed(UserModule):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.3)
+
+
+def test_groups_do_not_depend_on_the_order_of_the_callbacks(tmp_path: Path) -> None:
+    def run(turn: int, **kwargs: Any) -> nn.Module:
+        L.seed_everything(1, verbose=False)
+        module = Decayed()
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1, enable_version_counter=False)
+        toys = [ToyPlug("blocks.0.fc2", lr_scale=0.25), ToyPlug("blocks.1.fc2", lr_scale=1.5)]
+        t = trainer(tmp_path, callbacks=[*toys[::turn], gp.ExactResume(), keep], enable_checkpointing=True)
+        t.fit(module, loader(), **kwargs)
+        return module
+
+    whole = run(1).state_dict()
+    turned = run(-1, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True).state_dict()
+    assert all(torch.equal(whole[k], turned[k]) for k in whole)
+
+
+def test_a_gate_in_a_layer_that_another_plug_brought_is_in_its_own_group(tmp_path: Path) -> None:
+    module = Decayed()
+    replace, toy = gp.ReplaceFFN("swiglu", lr_scale=0.5), ToyPlug("blocks.*.fc1", lr_scale=0.25)
+    t = trainer(tmp_path, callbacks=[replace, toy], max_steps=1)
+    t.fit(module, loader())
+    groups = {g.get("gateplug"): g for g in t.optimizers[0].param_groups}
+    assert (groups["ToyPlug"]["weight_decay"], groups["ToyPlug"]["gateplug_lr_scale"], len(groups["ToyPlug"]["params"])) == (
+        0,
+        0.25,
+        2,
+    )
+    assert (groups["ReplaceFFN"]["weight_decay"], groups["ReplaceFFN"]["gateplug_lr_scale"]) == (0.3, 0.5)
+    assert not [name for name in replace.parameters(module) if "logit" in name]
+
+
+def test_two_optimizers_by_hand(tmp_path: Path) -> None:
+    class Two(UserModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = super().training_step(batch, batch_idx)["loss"]
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.blocks.parameters(), lr=0.1), torch.optim.SGD(self.net.head.parameters(), lr=0.1)
+
+    t = trainer(tmp_path, callbacks=[gp.ReplaceFFN("swiglu", lr_scale=0.5)], max_steps=2)
+    t.fit(Two(), loader())
+    assert [len(o.param_groups) for o in t.optimizers] == [2, 1]
+
+
+def test_a_failing_step_that_is_caught_leaves_the_learning_rate_whole() -> None:
+    p = nn.Parameter(torch.ones(1))
+    with grouping([Claim("Toy", GroupOptions(0.1), {"p": p})]):
+        optimizer = torch.optim.SGD([p], lr=1.0)
+    p.grad = torch.sparse_coo_tensor([[0]], [1.0], (1,))
+    optimizer.param_groups[0]["maximize"] = True
+    optimizer.param_groups[0]["differentiable"] = True
+    optimizer.param_groups[0].pop("nesterov")
+    with pytest.raises(KeyError):
+        optimizer.step()
+    optimizer.param_groups[0].update(nesterov=False, maximize=False, differentiable=False)
+    p.grad = torch.ones(1)
+    optimizer.step()
+    assert float(p.detach()) == pytest.approx(0.9)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
 def test_a_failing_closure_leaves_the_learning_rate_whole() -> None:
     p = nn.Parameter(torch.ones(1))
     with grouping([Claim("Toy", GroupOptions(0.1), {"p": p})]):

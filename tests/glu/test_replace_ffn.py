@@ -236,6 +236,86 @@ def test_a_block_in_a_longer_sequence_is_found() -> None:
     assert net(torch.randn(2, 8)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("made", ["t5", "gpt2", "clip", "bert", "torch"])
+def test_fresh_weights_are_spread_as_the_model_spreads_its_own(made: str) -> None:
+    torch.manual_seed(0)
+    T = {**T5, "d_model": 64, "d_ff": 192}
+    big = {**PICTURE, "hidden_size": 64, "intermediate_size": 192}
+    models: dict[str, Callable[[], nn.Module]] = {
+        "t5": lambda: tr.T5Model(tr.T5Config(**T)),
+        "gpt2": lambda: tr.GPT2Model(
+            tr.GPT2Config(n_embd=64, n_layer=2, n_head=2, n_inner=192, vocab_size=50, bos_token_id=1, eos_token_id=2)
+        ),
+        "clip": lambda: tr.CLIPVisionModel(tr.CLIPVisionConfig(**big)),
+        "bert": lambda: tr.BertModel(tr.BertConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 192})),
+        "torch": lambda: nn.TransformerEncoderLayer(64, 2, 192),
+    }
+    model = models[made]()
+    block = find(model)[0][0]
+    first, second = (model.get_submodule(n).weight.std().item() for n in (block.first, block.second))
+    gp.ReplaceFFN("swiglu").attach(model)
+    product = model.get_submodule(block.first)
+    for branch in (product.gate, product.up):
+        assert branch.weight.std().item() == pytest.approx(first, rel=0.05)
+    # a fan-in rule: the narrower second layer of 128 instead of 192 is spread wider
+    expected = second * (192 / 128) ** 0.5 if made in ("t5", "torch") else second
+    assert model.get_submodule(block.second).weight.std().item() == pytest.approx(expected, rel=0.05)
+    if made == "t5":  # the same as T5's own gated blocks
+        native = (
+            tr.T5Model(tr.T5Config(**{**T, "d_ff": 128}, feed_forward_proj="gated-silu")).encoder.block[0].layer[1].DenseReluDense
+        )
+        stds = [w.weight.std().item() for w in (product.gate, product.up, model.get_submodule(block.second))]
+        assert stds == pytest.approx([w.weight.std().item() for w in (native.wi_0, native.wi_1, native.wo)], rel=0.05)
+
+
+def test_two_models_with_equal_names_get_different_weights() -> None:
+    torch.manual_seed(0)
+    nets = [Net(), Net()]
+    for net in nets:
+        gp.ReplaceFFN("swiglu").attach(net)
+    assert not torch.equal(nets[0].blocks[0].fc1.gate.weight, nets[1].blocks[0].fc1.gate.weight)
+
+
+def test_a_frozen_block_stays_frozen_or_is_refused() -> None:
+    net = Net()
+    net.blocks[0].requires_grad_(False)
+    with pytest.raises(gp.PlugError, match=r"blocks\.0\.fc1 is frozen"):
+        gp.ReplaceFFN("swiglu").attach(net)
+    gp.ReplaceFFN("reglu", match="width", warm_start=True).attach(net)
+    assert [net.blocks[i].fc1.gate.weight.requires_grad for i in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_recompute_sees_what_a_dropout_between_did(inplace: bool) -> None:
+    def block(recompute: bool) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Dropout(0.5, inplace=inplace), nn.Linear(24, 8))
+        gp.ReplaceFFN("swiglu", layers="0", recompute=recompute).attach(net)
+        return net
+
+    x = torch.randn(5, 8)
+    outs = []
+    for recompute in (False, True):
+        net = block(recompute)
+        torch.manual_seed(1)
+        outs.append(net(x))
+    assert torch.allclose(*outs, atol=1e-6)
+
+
+def test_pairs_that_are_left_are_listed(capsys: Any, tmp_path: Any) -> None:
+    from tests.modules import UserModule, loader, trainer
+
+    class Special(nn.Linear):
+        pass
+
+    module = UserModule()
+    module.net.blocks[1].fc1 = Special(16, 32)
+    trainer(tmp_path, callbacks=[gp.ReplaceFFN("swiglu")], max_steps=1).fit(module, loader())
+    text = capsys.readouterr().out
+    assert "Left as they are" in text
+    assert "Special" in text
+
+
 def test_a_block_with_tanh_has_no_gated_form() -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
     with pytest.raises(gp.PlugError, match="1 computes tanh"):
