@@ -28,7 +28,9 @@ def explain(error: BaseException, args: list[str]) -> str:
     said = plain_cause(text, frame)
     if owner is not None:
         name = owner.__name__
-        said = Said(one_line(text if text.startswith(name) else f"{name}: {text}"), [name])
+        # the value that the message quotes, where it was given as an option; else the class, which the files name
+        values = [v for v in re.findall(r"\w+='?([^\s',)]+)", text) if any(v in a.rpartition("=")[2] for a in args[1:])]
+        said = Said(one_line(text if text.startswith(name) else f"{name}: {text}"), values[:1] or [name])
     place = ", ".join(part for part in (_place(args, said), ".".join(frame.keys)) if part)
     return f"{place}: {said.text}" if place else said.text
 

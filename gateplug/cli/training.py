@@ -83,7 +83,7 @@ def _can_be_corrected(error: Exception, started: bool) -> bool:
 def _last_checkpoint() -> ModelCheckpoint:
     """Keep the last epoch."""
     # Not save_last=True with save_top_k=0: that writes nothing before training ends, and a broken run leaves nothing.
-    return ModelCheckpoint(filename="last", enable_version_counter=False)
+    return ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
 
 
 class GateplugCLI(LightningCLI):

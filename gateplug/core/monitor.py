@@ -68,7 +68,9 @@ class GateMonitor(Plug):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the gates to record the coming batch, if it is time."""
         count = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if count % self.every_n_steps == 0 or (trainer.is_last_batch and not self._looked):
+        # max_steps may end the run before the epoch's last batch
+        ending = trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step + 1
+        if count % self.every_n_steps == 0 or (ending and not self._looked):
             self._record(True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -149,3 +149,12 @@ def test_a_checkpoint_with_a_pickle_is_refused_and_not_read(command, here, capsy
     assert main(command) == 2
     assert "is no checkpoint that can be read safely" in capsys.readouterr().err
     assert not (here / "pickle_was_read").exists()
+
+
+def test_a_value_given_as_an_option_is_not_looked_for_in_the_file(tmp_path, capsys):
+    """The class stands in the file, the wrong value on the command line."""
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text("trainer:\n  callbacks:\n    - class_path: ReplaceFFN\n      init_args: {variant: geglu}\n")
+    args = ["fit", "-c", str(recipe), "--trainer.callbacks.variant=swigloo", "--model=Classifier", "--data=Digits"]
+    assert main(args) == 2
+    assert "command line" in capsys.readouterr().err

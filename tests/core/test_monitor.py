@@ -46,6 +46,12 @@ def test_an_epoch_shorter_than_the_interval_is_looked_at_on_its_last_batch(tmp_p
     assert [e.step for e in events.Scalars("glu/net.blocks.0.fc1/openness_mean")] == [8, 16]
 
 
+def test_a_run_that_max_steps_ends_is_looked_at_on_its_last_batch(tmp_path: Path) -> None:
+    _, events = board(tmp_path, gp.ReplaceFFN("swiglu"), gp.GateMonitor(1000), max_steps=3)
+    assert [e.step for e in events.Scalars("glu/net.blocks.0.fc1/openness_mean")] == [3]
+    assert (tmp_path / "run/version_0/figures/glu_gates.png").exists()
+
+
 def test_values_are_the_means_over_the_batch(tmp_path: Path) -> None:
     # lr 0: the gates of the last batch can be computed afterwards
     module, events = board(tmp_path, gp.ReplaceFFN("swiglu"), gp.GateMonitor(1), max_epochs=1)
