@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
 from lightning import LightningModule
 from torch import nn
@@ -23,8 +25,8 @@ def fold(module: nn.Module) -> nn.Module:
 
     Args:
         module: a network or a LightningModule, with or without plugs; it is copied and stays as it is. Of a LightningModule
-            whose parameters all lie in one sub-module (`self.net`) that sub-module comes back; of any other, a plain module
-            with the same children and the same `forward`.
+            whose parameters and buffers all lie in one sub-module (`self.net`, metrics apart) that sub-module comes back, without
+            what the module's own `forward` may do around it; of any other, a plain module with the same children and `forward`.
 
     Returns:
         A copy, in eval mode, on the same device, that `torch.export` takes if it takes the network without plugs.
@@ -33,12 +35,34 @@ def fold(module: nn.Module) -> nn.Module:
         PlugError: a LightningModule without a forward of its own holds parameters in several sub-modules.
     """
     folded = copy.deepcopy(_without_run(module))
-    for record in all_records(folded):
+    records = all_records(folded)
+    for record in records:
         for _, part, piece in record.pieces:
             new = piece.edit.fold(part)
             folded = new if part is folded else _swap(folded, part, new)
     forget(folded)
-    return _plain(folded).eval()
+    plain = _plain(folded).eval()
+    for model in plain.modules() if records else ():
+        if callable(getattr(model, "save_pretrained", None)):
+            model.__dict__["save_pretrained"] = SavePretrained(model)
+    return plain
+
+
+class SavePretrained:
+    """Stands before `save_pretrained` of a folded Hugging Face model, and warns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save, with the warning."""
+        name = type(self.model).__name__
+        warnings.warn(
+            f"the config of {name} does not know the layers that plugs have put in: from_pretrained will not build them again. "
+            "Keep the state dict, or export the network (torch.export, `gateplug fold`)",
+            stacklevel=2,
+        )
+        return type(self.model).save_pretrained(self.model, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _swap(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

@@ -51,6 +51,7 @@ class GateMonitor(Plug):
         self._last: dict[str, Openness] = {}
         self._folder: Path | None = None
         self._looked = False
+        self._step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the gates; all plugs have attached theirs by now."""
@@ -79,6 +80,8 @@ class GateMonitor(Plug):
             return
         self._looked = True
         self._last = self._read()
+        # the axis on which Lightning logs: batches that stepped, whatever the number of optimizers
+        self._step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._record(False)
         if trainer.is_global_zero and self._last:
             self._write(trainer)
@@ -144,13 +147,11 @@ class GateMonitor(Plug):
             for quantity, value in zip(QUANTITIES, values, strict=True)
         }
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
+            logger.log_metrics(scalars, step=self._step)
             board = getattr(logger, "experiment", None)
             if board is not None and hasattr(board, "add_histogram"):
                 for name, openness in self._last.items():
-                    board.add_histogram(
-                        f"{self._title(name)}/openness", openness.values.flatten(), global_step=trainer.global_step
-                    )
+                    board.add_histogram(f"{self._title(name)}/openness", openness.values.flatten(), global_step=self._step)
 
     def _draw(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
@@ -166,11 +167,11 @@ class GateMonitor(Plug):
                     rows = {f"{o.axes[0]} {i}": row for i, row in enumerate(o.values)}
                     pictures[f"{room}_{n}"] = (rows, o.axes[1], o.axes[0])
             for name, (rows, across, down) in pictures.items():
-                figure = heat_map(rows, f"{room}: openness at step {trainer.global_step}", across, down)
+                figure = heat_map(rows, f"{room}: openness at step {self._step}", across, down)
                 for logger in trainer.loggers:
                     board = getattr(logger, "experiment", None)
                     if board is not None and hasattr(board, "add_figure"):
-                        board.add_figure(f"{room}/{name}", figure, global_step=trainer.global_step, close=False)
+                        board.add_figure(f"{room}/{name}", figure, global_step=self._step, close=False)
                 if self._folder is not None:
                     save(figure, self._folder / f"{name.replace(os.sep, '_')}.png")
 

@@ -54,7 +54,8 @@ def find(module: nn.Module) -> tuple[list[FeedForward], list[str]]:
 
     A candidate is a dense layer d→h beside an activation, with a dense layer from h in the same module or next to it. It is
     confirmed by a run of the smallest module around it on a small random input, in eval mode and without gradient: the
-    activation must receive what the first layer gave, and the second layer what the activation gave.
+    activation must receive what the first layer gave, and the second layer what the activation gave. Forward hooks that
+    somebody has put on these layers run along.
     """
     found: list[FeedForward] = []
     rejected: dict[str, tuple[str, str]] = {}

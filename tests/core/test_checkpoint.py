@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gateplug as gp
 from gateplug.core.arguments import decode, encode, resolve
 from gateplug.core.checkpoint import instantiate
-from tests.modules import Net, UserModule, digits, loader, trainer
+from tests.modules import Net, UserModule, digits, loader, trainer, vit
 from tests.plugs import ToyPlug
 
 
@@ -247,6 +247,16 @@ def test_a_plug_attached_by_hand_is_named_by_a_trainer_without_callbacks(tmp_pat
     gp.ReplaceFFN("swiglu").attach(module)
     _, path = saved(tmp_path, module=module)
     assert torch.equal(gp.load(path, UserModule()).net.head.weight, module.net.head.weight)
+
+
+def test_saving_a_folded_hugging_face_model_warns(tmp_path: Path) -> None:
+    net = vit()
+    gp.ReplaceFFN().attach(net)
+    plain = gp.fold(net)
+    with pytest.warns(UserWarning, match="does not know the layers"):
+        plain.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").exists()
+    assert "save_pretrained" not in gp.fold(vit()).__dict__
 
 
 def test_fold_of_a_bare_net_and_of_a_net_without_plugs() -> None:

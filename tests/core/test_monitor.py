@@ -21,7 +21,7 @@ from tests.plugs import ToyPlug, UnitGate
 def board(tmp_path: Path, *plugs: gp.Plug, **settings: object) -> tuple[UserModule, EventAccumulator]:
     logger = TensorBoardLogger(tmp_path, name="run")
     module = UserModule(lr=0.0)
-    trainer(tmp_path, callbacks=list(plugs), logger=logger, **settings).fit(module, loader(shuffle=False))
+    trainer(tmp_path, callbacks=list(plugs), logger=logger, log_every_n_steps=1, **settings).fit(module, loader(shuffle=False))
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "histograms": 0, "scalars": 0})
     events.Reload()
     return module, events
@@ -36,19 +36,20 @@ def test_scalars_histograms_and_heat_maps_stand_under_room_and_layer(tmp_path: P
     assert "glu/net.blocks.0.fc1/openness" in tags["histograms"]
     assert {"glu/glu_gates", "toy/toy_gates"} <= set(tags["images"])
     steps = [e.step for e in events.Scalars("glu/net.blocks.0.fc1/openness_mean")]
-    assert steps == [3, 6, 9, 12, 15], "every third of 16 batches"
-    assert {e.step for e in events.Images("glu/glu_gates")} == {8, 16}, "after epochs 1 and 2"
+    assert steps == [2, 5, 8, 11, 14], "every third of 16 batches, counted as Lightning counts"
+    assert set(steps) <= {e.step for e in events.Scalars("loss")}
+    assert {e.step for e in events.Images("glu/glu_gates")} == {5, 14}, "after epochs 1 and 2, of the last look"
     assert (tmp_path / "run/version_0/figures/glu_gates.png").stat().st_size > 5000
 
 
 def test_an_epoch_shorter_than_the_interval_is_looked_at_on_its_last_batch(tmp_path: Path) -> None:
     _, events = board(tmp_path, gp.ReplaceFFN("swiglu"), gp.GateMonitor(1000))
-    assert [e.step for e in events.Scalars("glu/net.blocks.0.fc1/openness_mean")] == [8, 16]
+    assert [e.step for e in events.Scalars("glu/net.blocks.0.fc1/openness_mean")] == [7, 15]
 
 
 def test_a_run_that_max_steps_ends_is_looked_at_on_its_last_batch(tmp_path: Path) -> None:
     _, events = board(tmp_path, gp.ReplaceFFN("swiglu"), gp.GateMonitor(1000), max_steps=3)
-    assert [e.step for e in events.Scalars("glu/net.blocks.0.fc1/openness_mean")] == [3]
+    assert [e.step for e in events.Scalars("glu/net.blocks.0.fc1/openness_mean")] == [2]
     assert (tmp_path / "run/version_0/figures/glu_gates.png").exists()
 
 
