@@ -82,6 +82,7 @@ class Plug(Attachable, Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the layers attached, take everything else off the module."""
+        self._fresh = False
         self._release(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
