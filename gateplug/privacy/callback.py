@@ -17,7 +17,7 @@ from gateplug.core.errors import PlugError, listed
 from gateplug.core.optim import GroupOptions
 from gateplug.core.plug import Plug
 from gateplug.core.select import Layers, select
-from gateplug.core.wrap import wrap
+from gateplug.core.wrap import unwrap, wrap
 from gateplug.privacy.layers import TemperedSigmoid
 from gateplug.privacy.sites import Old, Site, calls_of, find, is_pooler, present
 
@@ -59,7 +59,6 @@ class ReplaceActivation(Plug):
         self.old, self.new, self.layers, self.share = old, new, layers, share
         self.group = GroupOptions(weight_decay=0.0)
         """Scale, temperature and offset are no weights: decay would pull them to 0."""
-        self._checked = False
 
     def candidates(self, module: nn.Module) -> dict[str, nn.Module]:
         """The modules that hold the activation."""
@@ -104,17 +103,14 @@ class ReplaceActivation(Plug):
         """Attach, and have the first training step watched."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._checked = False  # it may be another module than last time
             wrap(pl_module, "training_step", self, partial(self._watch, pl_module))
 
     def _watch(self, module: LightningModule, step: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if self._checked:
-            return step(*args, **kwargs)
         # a compiled network shows no calls: this one step runs uncompiled
         with torch.compiler.set_stance("force_eager"), calls_of(module, self._old, self._own(module)) as seen:
             out = step(*args, **kwargs)
         self._refuse(module, seen)
-        self._checked = True
+        unwrap(module, self)  # one step tells, and the others shall cost nothing
         return out
 
     def _refuse(self, module: nn.Module, seen: list[str]) -> None:
