@@ -93,6 +93,7 @@ def _write_weights(net: nn.Module, checkpoint: dict[str, Any], weights: Path, co
         **checkpoint.get("gateplug", {"plugs": []}),
     }
     config.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    weights.chmod(config.stat().st_mode & 0o777)  # safetensors lets nobody else read
 
 
 def _plain_output(net: nn.Module, args: Any, output: Any) -> Any:

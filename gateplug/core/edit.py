@@ -44,6 +44,8 @@ class Replace:
         """Take it back."""
         assert self.original is not None
         self.original.train(self.new.training)
+        if (like := next(self.new.parameters(), None)) is not None:  # the model may have moved since
+            self.original.to(like.device, like.dtype)
         self._put(root, self.original)
 
     def _put(self, root: nn.Module, module: nn.Module) -> None:

@@ -150,6 +150,15 @@ def test_a_flag_goes_back_when_the_last_plug_that_needs_it_leaves() -> None:
     assert not [k for k in layer.__dict__ if "gateplug" in k]
 
 
+def test_what_comes_back_follows_the_model_that_was_moved() -> None:
+    net = Net()
+    plug = gp.ReplaceFFN("swiglu")
+    plug.attach(net)
+    net.double()
+    plug.detach(net)
+    assert net(torch.zeros(1, 8, 8, dtype=torch.float64)).dtype == torch.float64
+
+
 def test_replacing_keeps_the_training_mode() -> None:
     net = Net().eval()
     put(net, Replace("embed", nn.Linear(8, 16)))
