@@ -199,6 +199,7 @@ def draw(runs: dict[str, list[Run]]) -> None:
     axes[2].set_title("the paper: T5-base, C4, 524,288 steps\n(arXiv 2002.05202, table 1)", fontsize=10)
     axes[2].set_xlabel("held-out log-perplexity minus ReLU's")
     for axis in axes:
+        axis.locator_params(axis="x", nbins=5)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(GLU)), [NAMES[arm] for arm in GLU])
         axis.invert_yaxis()
