@@ -55,9 +55,10 @@ def gated(
     bias = b_in is not None if bias is None else bias
     with seeded(block.first, weight):
         product = GatedProduct(block.dim, hidden, gate, bias, recompute, weight.device, weight.dtype)
+        stds = spread(weight), spread(b_in)  # type: ignore[arg-type]
         for branch in (product.gate, product.up):
-            redraw(branch.weight, weight)
-            redraw(branch.bias, b_in)  # type: ignore[arg-type]
+            redraw(branch.weight, stds[0])
+            redraw(branch.bias, stds[1])
     product.requires_grad_(weight.requires_grad)
     if start is not None:
         with torch.no_grad():
@@ -132,13 +133,14 @@ def fresh_linear(root: nn.Module, block: FeedForward, name: str, d_in: int, d_ou
     assert isinstance(weight, Tensor)
     assert isinstance(first.weight, Tensor)
     assert isinstance(second.weight, Tensor)
-    by_fan_in = math.isclose(spread(first.weight) * block.dim**0.5, spread(second.weight) * block.hidden**0.5, rel_tol=0.1)
+    stds = {first: spread(first.weight), second: spread(second.weight)}
+    by_fan_in = math.isclose(stds[first] * block.dim**0.5, stds[second] * block.hidden**0.5, rel_tol=0.1)
     with seeded(name, weight):
         new = nn.Linear(d_in, d_out, old.bias is not None) if isinstance(old, nn.Linear) else type(old)(d_out, d_in)
         new = new.to(weight.device, weight.dtype)
         assert isinstance(new.weight, Tensor)
-        redraw(new.weight, weight, (widths(old)[0] / d_in) ** 0.5 if by_fan_in else 1.0)
-        redraw(new.bias, old.bias)  # type: ignore[arg-type]
+        redraw(new.weight, stds[old] * (widths(old)[0] / d_in) ** 0.5 if by_fan_in else stds[old])
+        redraw(new.bias, spread(old.bias))  # type: ignore[arg-type]
     return new
 
 
