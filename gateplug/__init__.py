@@ -15,10 +15,24 @@ from gateplug.core import (
     latency,
     load,
 )
-from gateplug.data import Digits, ImageData, TextData, exact_loader
+from gateplug.data import Digits, ImageData, OverlaidImages, Ratings, SyntheticTasks, TextData, exact_loader
 from gateplug.glu import FFN, GLU, ReplaceFFN
+from gateplug.moe import (
+    DSelectK,
+    ExpertChoiceGate,
+    ExpertMLP,
+    ExpertMonitor,
+    MoE,
+    MultiGateMoE,
+    Ramp,
+    RegulateRouters,
+    SigmoidGate,
+    SoftmaxGate,
+    TopKGate,
+    Upcycle,
+)
 from gateplug.privacy import ReplaceActivation, TemperedSigmoid
-from gateplug.tasks import Classifier, LanguageModel, Seq2Seq, WarmupCosineLR, hf_model
+from gateplug.tasks import Classifier, LanguageModel, MultiTask, Seq2Seq, TaskHead, TaskTowers, WarmupCosineLR, hf_model
 
 __version__ = "0.1.0"
 
@@ -27,21 +41,39 @@ __all__ = [
     "GLU",
     "Classifier",
     "Cost",
+    "DSelectK",
     "Digits",
     "ExactResume",
+    "ExpertChoiceGate",
+    "ExpertMLP",
+    "ExpertMonitor",
     "Gate",
     "GateMonitor",
     "ImageData",
     "LanguageModel",
     "Latency",
+    "MoE",
+    "MultiGateMoE",
+    "MultiTask",
     "Openness",
+    "OverlaidImages",
     "Plug",
     "PlugError",
+    "Ramp",
+    "Ratings",
+    "RegulateRouters",
     "ReplaceActivation",
     "ReplaceFFN",
     "Seq2Seq",
+    "SigmoidGate",
+    "SoftmaxGate",
+    "SyntheticTasks",
+    "TaskHead",
+    "TaskTowers",
     "TemperedSigmoid",
     "TextData",
+    "TopKGate",
+    "Upcycle",
     "WarmupCosineLR",
     "compare_latency",
     "cost",

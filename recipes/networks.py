@@ -1,6 +1,10 @@
 """A network of one's own for the recipes: what stands beside a YAML file is found by its name, `recipes.networks.<name>`."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+import gateplug as gp
+from gateplug.moe.routing import ExpertGate
 
 
 def handcrafted_cnn(channels: int = 1, num_classes: int = 10) -> nn.Sequential:
@@ -25,3 +29,71 @@ def handcrafted_cnn(channels: int = 1, num_classes: int = 10) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(32, num_classes),
     )
+
+
+class MultiTaskCNN(nn.Module):
+    """Shared convolutional experts under one gate a task, for overlaid images.
+
+    Images `(batch, channels, h, w)` to `(batch, tasks, features)`.
+
+    Args:
+        gate: a gate made for all tasks (`tasks=n`); with a `dim` it looks at the flattened image.
+        features: what an expert gives.
+        channels: of the images.
+        width: channels of the first convolution; the second has twice as many.
+    """
+
+    def __init__(self, gate: ExpertGate, features: int = 64, channels: int = 1, width: int = 8) -> None:
+        super().__init__()
+
+        def expert() -> nn.Module:
+            return nn.Sequential(
+                nn.Conv2d(channels, width, 5, stride=2),
+                nn.ReLU(),
+                nn.Conv2d(width, 2 * width, 3, stride=2),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(4),
+                nn.Flatten(),
+                nn.Linear(32 * width, features),
+                nn.ReLU(),
+            )
+
+        self.moe = gp.MultiGateMoE([expert() for _ in range(gate.experts)], gate)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Run the experts that a task wants."""
+        return self.moe(pixel_values, route=pixel_values.flatten(1))
+
+
+class RatingNet(nn.Module):
+    """Embeddings of user and movie, side by side, through experts under one gate a task.
+
+    Numbers of users and of movies, `(batch,)` each, to `(batch, tasks, features)`.
+
+    Args:
+        users: number of users.
+        movies: number of movies.
+        gate: a gate made for all tasks (`tasks=n`); its `dim`, if any, is 2 · `dim`.
+        dim: width of an embedding.
+        hidden: width of an expert's hidden layer.
+        features: what an expert gives.
+        unknown: share of the users and movies of a training batch that are taken for new ones, whose embedding is zero: in a
+            test set that comes later, many are.
+    """
+
+    def __init__(
+        self, users: int, movies: int, gate: ExpertGate, dim: int = 32, hidden: int = 64, features: int = 32, unknown: float = 0.2
+    ) -> None:
+        super().__init__()
+        self.users, self.movies = nn.Embedding(users, dim), nn.Embedding(movies, dim)
+        for table in (self.users, self.movies):
+            nn.init.zeros_(table.weight)
+        self.unknown = unknown
+        self.moe = gp.MultiGateMoE(gp.ExpertMLP(gate.experts, 2 * dim, hidden, out_dim=features), gate)
+
+    def forward(self, user: Tensor, movie: Tensor) -> Tensor:
+        """Run the experts on the pairs."""
+        parts = [self.users(user), self.movies(movie)]
+        if self.training:
+            parts = [part * (torch.rand(len(part), 1, device=part.device) >= self.unknown) for part in parts]
+        return self.moe(torch.cat(parts, -1))

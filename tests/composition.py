@@ -13,6 +13,17 @@ CELLS: dict[frozenset[str], str] = {
     frozenset({"ReplaceActivation", "GateMonitor"}): TOGETHER,
     frozenset({"ReplaceActivation", "ToyPlug"}): TOGETHER,
     frozenset({"GateMonitor", "ToyPlug"}): TOGETHER,
+    frozenset({"Upcycle", "ReplaceFFN"}): "both take over a feed-forward: give them different layers",
+    frozenset({"Upcycle", "ReplaceActivation"}): _SAME_BLOCK,
+    frozenset({"Upcycle", "GateMonitor"}): TOGETHER,
+    frozenset({"Upcycle", "ToyPlug"}): f"{TOGETHER}, Upcycle first",
+    frozenset({"Upcycle", "RegulateRouters"}): f"{TOGETHER}, Upcycle first",
+    frozenset({"Upcycle", "ExpertMonitor"}): TOGETHER,
+    **{
+        frozenset({"RegulateRouters", other}): TOGETHER for other in ("ReplaceFFN", "ReplaceActivation", "GateMonitor", "ToyPlug")
+    },
+    **{frozenset({"ExpertMonitor", other}): TOGETHER for other in ("ReplaceFFN", "ReplaceActivation", "GateMonitor", "ToyPlug")},
+    frozenset({"RegulateRouters", "ExpertMonitor"}): TOGETHER,
 }
 """A pair of names -> `TOGETHER`, `together, NAME first` where the order in the callbacks matters, or why it is refused."""
 

@@ -65,6 +65,53 @@ CASES: dict[str, Case] = {
             ({"layers": "decoder.*"}, gp.PlugError, "finds no layer"),
         ],
     ),
+    "Upcycle": Case(
+        lambda: [gp.Upcycle(experts=4, k=2)],
+        bad=[
+            ({"experts": 1}, ValueError, "at least 2"),
+            ({"experts": 4.0}, TypeError, "whole numbers"),
+            ({"k": 0}, ValueError, "1 … 8"),
+            ({"k": 9}, ValueError, "1 … 8"),
+            ({"gate": "topk"}, ValueError, "Did you mean 'top_k'"),
+            ({"gate": 3}, TypeError, "function (experts, dim)"),
+            ({"gate": "expert_choice"}, ValueError, "sum to 1"),
+            ({"gate_args": {"normalize": "all"}}, ValueError, "normalize='selected'"),
+            ({"gate_args": {"normalise": "all"}}, ValueError, "do not fit TopKGate"),
+            ({"gate": "dselect_k", "experts": 5}, ValueError, "renormalize=True"),
+            ({"noise": -1.0}, ValueError, "≥ 0"),
+            ({"capacity_factor": 0.0}, ValueError, "> 0"),
+            ({"capacity_factor": 1.0, "gate": "softmax"}, ValueError, "exactly k experts"),
+            ({"drop": "random"}, ValueError, "'score'"),
+            ({"lr_scale": -1.0}, ValueError, "≥ 0"),
+            ({"layers": "decoder.*"}, gp.PlugError, "finds no layer"),
+            ({"layers": "net.embed"}, gp.PlugError, "no feed-forward in net.embed"),
+            ({"layers": 3}, TypeError, "way to name layers"),
+        ],
+    ),
+    "RegulateRouters": Case(
+        # terms that are means over the rows: load_balance is a product of means, and of one batch alone. All experts: in half
+        # precision a token between two of the k largest goes one way in one run and another way in the next. Both: tests/moe
+        lambda: [gp.Upcycle(experts=4, gate="softmax"), gp.RegulateRouters(z_loss=0.05, entropy=-0.02)],
+        bad=[
+            ({"load_balance": -0.1}, ValueError, "≥ 0"),
+            ({"z_loss": float("nan")}, ValueError, "finite"),
+            ({"entropy": float("inf")}, ValueError, "finite"),
+            ({"bias_rate": "fast"}, ValueError, "finite"),
+            ({"scope": "all"}, ValueError, "'global'"),
+            ({"load_balance": 0.1}, gp.PlugError, "finds no router"),
+            ({"load_balance": 0.1, "routers": "decoder.*"}, gp.PlugError, "finds no layer"),
+            ({"load_balance": 0.1, "routers": "net.head"}, gp.PlugError, "finds no router in net.head"),
+            ({"routers": 3}, TypeError, "way to name layers"),
+        ],
+    ),
+    "ExpertMonitor": Case(
+        lambda: [gp.Upcycle(experts=4, k=2), gp.ExpertMonitor(every_n_steps=3)],
+        bad=[
+            ({"every_n_steps": 0}, ValueError, "≥ 1"),
+            ({"every_n_steps": 2.5}, ValueError, "whole number"),
+            ({"collapse": 0.0}, ValueError, "(0, 1]"),
+        ],
+    ),
     "GateMonitor": Case(
         lambda: [gp.ReplaceFFN("geglu"), gp.GateMonitor(every_n_steps=3)],
         bad=[({"every_n_steps": 0}, ValueError, "≥ 1"), ({"every_n_steps": 2.5}, ValueError, "whole number")],

@@ -31,13 +31,15 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Rows of a digit as tokens, two blocks, a mean, a head."""
+    """Rows of a digit as tokens, two blocks, a mean, a head; with a mixture of experts after the blocks if asked for."""
 
-    def __init__(self, dropout: float = 0.0, checkpointing: str | None = None) -> None:
+    def __init__(self, dropout: float = 0.0, checkpointing: str | None = None, mixture: bool = False) -> None:
         super().__init__()
         self.embed = nn.Linear(8, 16)
         self.blocks = nn.ModuleList([Block(16, 32, dropout) for _ in range(2)])
         self.head = nn.Linear(16, 10)
+        if mixture:
+            self.mixture = gp.MoE(gp.ExpertMLP(4, 16, 24, "gelu"), gp.TopKGate(4, 2, 16))
         self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,6 +49,8 @@ class Net(nn.Module):
                 x = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
             else:
                 x = block(x)
+        if hasattr(self, "mixture"):
+            x = x + self.mixture(x)
         return self.head(x.mean(1))
 
 

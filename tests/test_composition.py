@@ -18,15 +18,22 @@ from tests.conformance import CASES
 from tests.modules import UserModule, digits, loader, trainer
 from tests.plugs import ToyPlug
 
+ROUTED = {"RegulateRouters", "ExpertMonitor"}
+"""Plugs that need a router in the model."""
 PAIRS = [tuple(sorted(pair)) for pair in combinations(CASES, 2)]
 
 
 def make(pair: tuple[str, str]) -> list[Any]:
     """Both plugs under test; what a monitor needs comes along only where the other plug brings no gates."""
     first, second = (CASES[name].plug() for name in pair)
-    if "GateMonitor" in pair and not {"ReplaceFFN", "ToyPlug"} & set(pair):
+    if "GateMonitor" in pair and not {"ReplaceFFN", "Upcycle", "ToyPlug", *ROUTED} & set(pair):
         return [first, second, ToyPlug()]
     return [first, second]
+
+
+def module(pair: tuple[str, str], **kwargs: Any) -> UserModule:
+    """A user's module, with a mixture in it where a plug looks for routers."""
+    return UserModule(mixture=bool(ROUTED & set(pair)) and "Upcycle" not in pair, **kwargs)
 
 
 def test_every_pair_has_a_cell() -> None:
@@ -51,11 +58,11 @@ ORDERS = {p: cell for pair in PAIRS for p, cell in orders(pair).items()}
 def test_together_they_train_resume_and_fold(pair: tuple[str, str], tmp_path: Path) -> None:
     def run(**kwargs: Any) -> UserModule:
         L.seed_everything(1, verbose=False)
-        module = UserModule(lr=0.05, dropout=0.1)
+        trained = module(pair, lr=0.05, dropout=0.1)
         steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
         plugs = [*make(pair), gp.ExactResume(), steps]
-        trainer(tmp_path, callbacks=plugs, enable_checkpointing=True).fit(module, loader(), **kwargs)
-        return module
+        trainer(tmp_path, callbacks=plugs, enable_checkpointing=True).fit(trained, loader(), **kwargs)
+        return trained
 
     whole = run()
     resumed = run(ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
@@ -67,16 +74,17 @@ def test_together_they_train_resume_and_fold(pair: tuple[str, str], tmp_path: Pa
 
 @pytest.mark.parametrize("pair", [p for p, cell in ORDERS.items() if cell != TOGETHER], ids="+".join)
 def test_refused_pairs_and_orders_say_why_and_lose_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
-    module = UserModule()
+    user = module(pair)
+    names = list(user.state_dict())
     first, second = make(pair)
     with pytest.raises(gp.PlugError) as caught:
-        trainer(tmp_path, callbacks=[first, second]).fit(module, loader())
+        trainer(tmp_path, callbacks=[first, second]).fit(user, loader())
     assert type(first).__name__ in str(caught.value)
     assert type(second).__name__ in str(caught.value)
     if ORDERS[pair] == "wrong order":
         assert f"put {pair[1]} before {pair[0]}" in str(caught.value)
-    first.detach(module)
-    assert list(module.state_dict()) == list(UserModule().state_dict())
+    first.detach(user)
+    assert list(user.state_dict()) == names
 
 
 def test_the_two_replacing_plugs_go_together_on_different_layers(tmp_path: Path) -> None:

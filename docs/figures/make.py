@@ -22,6 +22,7 @@ import gateplug as gp
 from gateplug.cli import main as gateplug
 from gateplug.core.activations import ACTIVATIONS
 from gateplug.glu import functional as glu
+from gateplug.moe import functional as moe
 from gateplug.privacy import functional as privacy
 
 HERE = Path(__file__).parent
@@ -80,6 +81,33 @@ def units_gates(folder: Path, epochs: int = 20) -> None:
     run(folder, "units_gates", lambda root: example["train"](root, epochs))
 
 
+def smooth_step(folder: Path) -> None:
+    """S for three widths, and how two bits choose among four experts."""
+    t = torch.linspace(-1.5, 1.5, 601)
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for gamma in (0.5, 1.0, 2.0):
+        left.plot(t, moe.smooth_step(t, gamma), label=f"γ = {gamma:g}")
+    left.set(title="smooth step S(t)", xlabel="t")
+    z = torch.stack([t, torch.full_like(t, 0.25)], -1)[:, None]
+    for expert, row in enumerate(moe.selector_codes(z, 4)[:, 0].T):
+        right.plot(t, row, label=f"expert {expert} (bits {expert:02b})")
+    right.set(title="one selector over four experts, γ = 1, z = (t, 0.25)", xlabel="t")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(folder / "smooth_step.png", dpi=100)
+
+
+def moe_experts_over_time(folder: Path) -> None:
+    """The picture of ExpertMonitor after recipes/moe_router_text.yaml."""
+    run(
+        folder,
+        "moe_experts_over_time",
+        lambda root: gateplug(["fit", "-c", "recipes/moe_router_text.yaml", f"--trainer.default_root_dir={root}"]),
+    )
+
+
 def exact_resume(folder: Path, steps: int = 60) -> None:
     """The loss of a run that was stopped and resumed, on top of one that was never stopped, and without ExactResume."""
     stop = steps // 2 + 3
@@ -132,14 +160,17 @@ def quiet(folder: str, epochs: int | None, callbacks: list[Any], max_steps: int 
 
 
 def run(folder: Path, picture: str, train: Callable[[str], object]) -> None:
-    """Train in a folder that goes away, and keep the picture that GateMonitor wrote into it."""
+    """Train in a folder that goes away, and keep the picture that a monitor wrote into it."""
     with TemporaryDirectory() as root:
         train(root)
         (found,) = Path(root).rglob(f"{picture}.png")
         shutil.copy(found, folder / f"{picture}.png")
 
 
-FIGURES = {f.__name__: f for f in (tempered_sigmoid, glu_activations, glu_gates, units_gates, exact_resume)}
+FIGURES = {
+    f.__name__: f
+    for f in (tempered_sigmoid, glu_activations, glu_gates, units_gates, smooth_step, moe_experts_over_time, exact_resume)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -25,11 +25,13 @@ class Frame:
         keys: Keys from the outside in, ``["trainer.callbacks", "target"]``.
         owner: Import path of the innermost class, or "".
         union: Types that were tried for the innermost key, or "".
+        refused: What one of these types said of the value it was given, or "".
     """
 
     keys: list[str] = field(default_factory=list)
     owner: str = ""
     union: str = ""
+    refused: str = ""
 
 
 @dataclass
@@ -108,6 +110,8 @@ def _no_yaml(found: re.Match[str], frame: Frame) -> Said:
 
 
 def _wrong_type(found: re.Match[str], frame: Frame) -> Said:
+    if frame.refused:
+        return Said(frame.refused, re.findall(r"(\w+)=", frame.refused)[:1])
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", frame.union or found[1])
     text = text.replace("typing.", "").replace("NoneType", "null")
     *head, tail = re.split(r", (?![^\[]*\])", text)  # not at the commas of dict[str, int]

@@ -48,6 +48,9 @@ def _unwrap(error: BaseException) -> tuple[BaseException, Frame]:
             frame.owner, frame.union = found[1], ""
         elif found := UNION.search(text):
             frame.union = found[1]
+            # a group of values (a Ramp) that fits in form and not in value says why by itself
+            said = re.search(r"^  - (\w+=(?!.*(?:Expected|Subtypes)).+)$", text, re.MULTILINE)
+            frame.refused = said[1] if said else ""
         else:
             break
         following = current.__cause__ or current.__context__

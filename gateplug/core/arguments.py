@@ -33,7 +33,7 @@ def encode(value: Any) -> Any:  # noqa: PLR0911  # one line per kind
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, Mapping):
-        return {str(k): encode(v) for k, v in value.items()}
+        return {(_name(k) or str(k)) if isinstance(k, type) else str(k): encode(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [encode(v) for v in value]
     if isinstance(value, nn.Sequential):

@@ -41,15 +41,18 @@ def cost(module: nn.Module, example: Any) -> Cost:
     """Count one forward of `module` in eval mode, without gradient; the module is left as it was.
 
     MACs are half of what torch's FlopCounterMode counts, which gives a multiply-add as 2. The CPU kernel of
-    `scaled_dot_product_attention`, which that mode does not know, is counted by the same formula as the others.
+    `scaled_dot_product_attention` and grouped products, which that mode does not know, are counted by formulas of the same kind.
 
     Args:
         module: any network.
         example: what it is called with: a mapping (keyword arguments), a tuple or list (positional), or one value.
     """
     # a stand-in for the CPU kernel: its arguments begin with query, key, value as those of the other attention kernels
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
-    with still(module), ordinary_attention(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    mapping: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+    if hasattr(torch.ops.aten, "_grouped_mm"):
+        mapping[torch.ops.aten._grouped_mm] = _grouped_product
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with still(module), _constant(module), ordinary_attention(), counter:
         call(module, example)
     tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     return Cost(
@@ -124,6 +127,19 @@ def ordinary_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextmanager
+def _constant(module: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient: torch's counter fails on a layer that is handed one without a graph."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
 def _timed(run: Callable[[], Any]) -> float:
     cuda = torch.cuda.is_available()
     if cuda:
@@ -137,6 +153,12 @@ def _timed(run: Callable[[], Any]) -> float:
 
 def _quantile(values: list[float], q: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
+
+
+def _grouped_product(rows: Any, weights: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Twice rows · width · out, whichever group a row belongs to."""
+    count: int = 2 * rows[-2] * rows[-1] * weights[-1]
+    return count
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -7,6 +7,7 @@ saved. Where edits are kept, and in which order they are undone: :mod:`gateplug.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -44,8 +45,9 @@ class Replace:
         """Take it back."""
         assert self.original is not None
         self.original.train(self.new.training)
-        if (like := next(self.new.parameters(), None)) is not None:  # the model may have moved since
-            self.original.to(like.device, like.dtype)
+        # the model may have moved since; a layer without parameters may hold a buffer that tells
+        if (like := next(chain(self.new.parameters(), self.new.buffers()), None)) is not None:
+            self.original.to(like.device, like.dtype if like.is_floating_point() else None)
         self._put(root, self.original)
 
     def _put(self, root: nn.Module, module: nn.Module) -> None:

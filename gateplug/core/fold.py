@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from gateplug.core.errors import PlugError, listed
+from gateplug.core.gate import Foldable
 from gateplug.core.objective import Objective
 from gateplug.core.record import all_records, forget
 from gateplug.core.strip import strip
@@ -41,11 +42,22 @@ def fold(module: nn.Module) -> nn.Module:
             new = piece.edit.fold(part)
             folded = new if part is folded else _swap(folded, part, new)
     forget(folded)
-    plain = _plain(folded).eval()
+    plain = _settled(_plain(folded), {}).eval()
     for model in plain.modules() if records else ():
         if callable(getattr(model, "save_pretrained", None)):
             model.__dict__["save_pretrained"] = SavePretrained(model)
     return plain
+
+
+def _settled(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Every layer in its plainer form, from the outside in; a layer that stands in several places stays one."""
+    if module not in done:
+        done[module] = new = module.folded() if isinstance(module, Foldable) else module
+        done[new] = new
+        for name, child in list(new._modules.items()):
+            if child is not None:
+                new._modules[name] = _settled(child, done)
+    return done[module]
 
 
 class SavePretrained:

@@ -22,7 +22,15 @@ class Openness:
     """How many samples or tokens it is the mean of."""
 
 
-class Gate(nn.Module):
+class Foldable(nn.Module):
+    """A layer that has a plainer form once training is over; `gp.fold` puts it in its place."""
+
+    def folded(self) -> nn.Module:
+        """That form, in eval mode equal to this layer; the layer itself where there is none."""
+        return self
+
+
+class Gate(Foldable):
     """Base of every gate.
 
     A gate whose openness depends on the data calls :meth:`record` in its forward; it costs nothing unless somebody (the
@@ -32,6 +40,8 @@ class Gate(nn.Module):
     room: ClassVar[str] = ""
     """The folder of the method, first part of its TensorBoard names."""
     axes: ClassVar[tuple[str, ...]] = ("unit",)
+    whole: ClassVar[bool] = False
+    """The gate takes and returns a layer's whole output, whatever its form, and not its first tensor alone."""
     recording: bool = False
     injection: Injection | None = None
     """Where a plug with a loss term deep in the network puts it in; None outside of a training."""
@@ -72,7 +82,7 @@ class Gate(nn.Module):
         """
 
     def folded(self) -> nn.Module:
-        """The module that stays in the place of a gate that replaced a layer: itself, recording off."""
+        """The module that stays in the place of this gate: itself, recording off."""
         self.recording, self.injection = False, None
         self.reset()
         return self
@@ -91,7 +101,9 @@ class RunGate:
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
         """Return the gated output, in the form of `output`."""
         gate = layer._modules[self.name]
-        assert gate is not None
+        assert isinstance(gate, Gate)
+        if gate.whole:
+            return gate(output)
         if isinstance(output, Tensor):
             return gate(output)
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):

@@ -9,7 +9,7 @@ gradient; only the injection keeps it when reentrant activation checkpointing ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,14 +41,49 @@ class Injection:
             name: under which the term's value is logged, `<room>/<term>`; values of one name add up over the layers.
             term: a scalar of `x`, weighted already. It is computed in float32 or more, outside of autocast.
         """
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
-            value = term(leaf)
+        return self.tether((x,), x, name, term)[0]
+
+    def tether(self, carriers: Sequence[Tensor], x: Tensor, name: str, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """As :meth:`add` for an `x` that goes no further itself: router logits that a layer only reports.
+
+        Args:
+            carriers: tensors that do go on to the loss, at least one of them with a gradient. The term's gradient enters at `x`
+                when backward passes any of them, once.
+            x: any shape; what the term is a function of.
+            name: as in :meth:`add`.
+            term: as in :meth:`add`.
+
+        Returns:
+            The carriers; go on with these.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            if not torch.is_grad_enabled():  # reentrant checkpointing runs the layer first where nothing is differentiated
+                return self.send(carriers, x, None, {name: term(leaf)})
+            value = term(leaf.requires_grad_())
             (gradient,) = torch.autograd.grad(value, leaf)
+        return self.send(carriers, x, gradient, {name: value.detach()})
+
+    def send(
+        self, carriers: Sequence[Tensor], x: Tensor, gradient: Tensor | None, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`tether` for terms whose gradient is known.
+
+        Args:
+            carriers: as in :meth:`tether`.
+            x: any shape.
+            gradient: of the sum of the terms with respect to `x`; None: the values count, and nothing is put in.
+            values: the weighted terms by name, `<room>/<term>`, without a graph.
+
+        Returns:
+            The carriers; go on with these.
+        """
         if not in_backward():
-            value = value.detach()
-            self.values[name] = self.values[name] + value if name in self.values else value
-        injected: Tensor = _Inject.apply(x, gradient, self)  # type: ignore[no-untyped-call]
+            for name, value in values.items():
+                self.values[name] = self.values[name] + value if name in self.values else value
+        if gradient is None or not carriers or not torch.is_grad_enabled():
+            return tuple(carriers)
+        injected: tuple[Tensor, ...] = _Inject.apply(gradient, self, x, *carriers)  # type: ignore[no-untyped-call]
         return injected
 
     def watch(self, loss: Tensor) -> None:
@@ -62,18 +97,19 @@ class Injection:
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor, injection: Injection) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, injection: Injection, x: Tensor, *carriers: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(gradient)
-        ctx.injection = injection
-        return x.view_as(x)
+        ctx.injection, ctx.dtype = injection, x.dtype
+        ctx.set_materialize_grads(False)  # a carrier that nobody uses sends nothing back
+        return tuple(carrier.view_as(carrier) for carrier in carriers)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         scale = ctx.injection.scale
         # without a watched loss (a loop of somebody's own that calls loss.backward()) the loss counts once
         scaled = gradient if scale is None else gradient * scale.to(gradient)
-        return grad_out + scaled.to(grad_out.dtype), None, None
+        return None, None, scaled.to(ctx.dtype), *grads
 
 
 class Terms(Protocol):

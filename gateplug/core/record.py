@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from gateplug.core.compiled import forget_compiled
 from gateplug.core.edit import AddGate, Edit, Replace, SetAttribute
 from gateplug.core.errors import PlugError
 
@@ -111,6 +112,7 @@ def apply(model: nn.Module, plug: str, key: str, arguments: dict[str, Any], owne
         for module, piece in reversed(done):
             _undo(module, piece)
         raise
+    forget_compiled()
 
 
 def undo(model: nn.Module, record: Record) -> None:
@@ -125,6 +127,7 @@ def undo(model: nn.Module, record: Record) -> None:
             raise PlugError(f"detach {piece.plug} first: it changed {name!r}, which {record.plug} had put in")
     for _, module, piece in reversed(record.pieces):
         _undo(module, piece)
+    forget_compiled()
 
 
 def forget(model: nn.Module) -> None:

@@ -6,7 +6,10 @@ from gateplug.data.images import ImageData
 from gateplug.data.loader import ExactLoader, exact_loader
 from gateplug.data.module import ExactDataModule
 from gateplug.data.order import EpochIndex, EpochSampler
+from gateplug.data.overlay import OverlaidImages
 from gateplug.data.randomness import permutation, sample_keys, uniform
+from gateplug.data.ratings import Ratings
+from gateplug.data.synthetic import SyntheticTasks
 from gateplug.data.text import TextData
 
 __all__ = [
@@ -19,9 +22,12 @@ __all__ = [
     "ExactDataModule",
     "ExactLoader",
     "ImageData",
+    "OverlaidImages",
     "RandomAffine",
     "RandomCrop",
     "RandomFlip",
+    "Ratings",
+    "SyntheticTasks",
     "TextData",
     "exact_loader",
     "permutation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -73,8 +73,13 @@ class ExactDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the splits that the stage (``fit``, ``validate``, ``test``, ``predict`` or None for all) needs."""
         for split in _STAGES[stage]:
-            if split not in self._sets:
-                self._sets[split] = self.read(split)
+            self.find(split)
+
+    def find(self, split: Split) -> Any:
+        """The data set of a split, read if it was not yet, or None if there is no such split."""
+        if split not in self._sets:
+            self._sets[split] = self.read(split)
+        return self._sets[split]
 
     def dataset(self, split: Split) -> Any:
         """The data set of a split, read if it was not yet.
@@ -82,14 +87,13 @@ class ExactDataModule(L.LightningDataModule):
         Raises:
             ValueError: If there is no such split.
         """
-        if split not in self._sets:
-            self._sets[split] = self.read(split)
-        if self._sets[split] is None:
+        found = self.find(split)
+        if found is None:
             raise ValueError(
                 f"{type(self).__name__} has no {split} set: name its split with {split}_split, or set {split}_fraction to "
                 "take a share of the training samples."
             )
-        return self._sets[split]
+        return found
 
     def _loader(self, split: Split) -> ExactLoader:
         return exact_loader(
@@ -111,7 +115,7 @@ class ExactDataModule(L.LightningDataModule):
     def val_dataloader(self) -> Any:
         """Validation batches in the data set's order; empty if there is no validation set."""
         self.setup("validate")
-        return [] if self._sets["val"] is None else self._loader("val")
+        return [] if self.find("val") is None else self._loader("val")
 
     def test_dataloader(self) -> ExactLoader:
         """Test batches in the data set's order."""
@@ -142,7 +146,24 @@ def parts(n: int, seed: int, val_fraction: float, test_fraction: float) -> dict[
     Raises:
         ValueError: If no sample is left to train on.
     """
-    order = permutation(n, seed, _SPLIT)
+    return cut(permutation(n, seed, _SPLIT), val_fraction, test_fraction)
+
+
+def cut(order: Tensor, val_fraction: float, test_fraction: float) -> dict[Split, Tensor]:
+    """Cut rows into test, val and train, in this order.
+
+    Args:
+        order: Row numbers, those to test on first: int64 ``(n,)``.
+        val_fraction: As in :func:`parts`.
+        test_fraction: As in :func:`parts`.
+
+    Returns:
+        Row numbers of each part, ascending: int64 ``(size,)``.
+
+    Raises:
+        ValueError: If no sample is left to train on.
+    """
+    n = len(order)
     test, val = (max(1, round(n * f)) if f > 0 else 0 for f in (test_fraction, val_fraction))
     if n - test - val < 1:
         raise ValueError(f"Of {n} samples, val_fraction={val_fraction} and test_fraction={test_fraction} leave none to train on.")
@@ -188,3 +209,22 @@ class TensorRows(torch.utils.data.Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = torch.tensor(indices)
         return {name: column[rows] for name, column in self.columns.items()}
+
+
+class TaskRows(TensorRows):
+    """Tensors that are read a batch at a time, with a label for each of several tasks.
+
+    Args:
+        labels: Task to tensor ``(samples, …)``; a batch has them as a dict under ``labels``.
+        columns: Name to tensor ``(samples, …)``, the inputs.
+    """
+
+    def __init__(self, labels: Mapping[str, Tensor], **columns: Tensor) -> None:
+        super().__init__(**columns)
+        self.labels = TensorRows(**labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "labels": self.labels[index]}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        return {**super().__getitems__(indices), "labels": self.labels.__getitems__(indices)}

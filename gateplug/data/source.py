@@ -33,7 +33,7 @@ def find_files(folder: Path, owner: str) -> list[Path]:
     """
     if not folder.is_dir():
         near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
-        seen = f"{folder.parent} has the folders {_listed(near)}" if near else f"{folder.parent} is missing or empty too"
+        seen = f"{folder.parent} has the folders {listed(near)}" if near else f"{folder.parent} is missing or empty too"
         kind = "a file, not a folder" if folder.is_file() else "no such folder"
         raise FileNotFoundError(f"{owner}(path={str(folder)!r}): {kind}; {seen}.")
     found = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -41,7 +41,7 @@ def find_files(folder: Path, owner: str) -> list[Path]:
     if not files or all(p.name in _SAVED for p in files):
         raise FileNotFoundError(
             f"{owner}(path={str(folder)!r}): no data file there. It can read {', '.join(_FORMATS)} and folders written by "
-            f"Dataset.save_to_disk; found: {_listed([p.name for p in found])}."
+            f"Dataset.save_to_disk; found: {listed([p.name for p in found])}."
         )
     return files
 
@@ -141,9 +141,10 @@ def check_columns(owner: str, data: Any, **columns: str | None) -> None:
     """
     for argument, column in columns.items():
         if column is not None and column not in data.column_names:
-            raise ValueError(f"{owner}({argument}={column!r}): no such column; found {_listed(data.column_names)}.")
+            raise ValueError(f"{owner}({argument}={column!r}): no such column; found {listed(data.column_names)}.")
 
 
-def _listed(names: Sequence[str], most: int = 12) -> str:
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The first names as text, and how many more there are."""
     shown = ", ".join(names[:most]) or "nothing"
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -11,11 +11,11 @@ from torch import nn
 
 from gateplug.core.edit import Edit
 from gateplug.core.errors import PlugError, listed, nearest
+from gateplug.core.feed_forward import FeedForward, find
 from gateplug.core.optim import GroupOptions
 from gateplug.core.plug import Plug
 from gateplug.core.select import Layers
 from gateplug.core.table import print_table
-from gateplug.glu.blocks import FeedForward, find
 from gateplug.glu.functional import GATED, VARIANTS, matched_hidden
 from gateplug.glu.surgery import cost_change, gated, plain
 

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gateplug.core.edit import Edit, Replace, SetAttribute
+from gateplug.core.edit import Edit, Replace
 from gateplug.core.errors import PlugError
+from gateplug.core.feed_forward import FeedForward, replace_activation, sizes, widths
 from gateplug.core.fresh import redraw, seeded, spread
 from gateplug.core.record import Record
-from gateplug.glu.blocks import FeedForward, widths
 from gateplug.glu.functional import VARIANTS, nearest_start, warm_start
 from gateplug.glu.layers import GatedProduct, PlainActivation, RecomputingDown
 
@@ -116,13 +116,6 @@ def plain(root: nn.Module, block: FeedForward, act: str | None) -> list[Edit]:
     return edits if act is None else [*edits, replace_activation(root, block, PlainActivation(act))]
 
 
-def replace_activation(root: nn.Module, block: FeedForward, new: nn.Module) -> Edit:
-    """Edit that puts `new` in the place of a block's activation, a module or a function, and of no other."""
-    if block.attribute in root.get_submodule(block.holder)._modules:
-        return Replace(block.slot, new, everywhere=False)
-    return SetAttribute(block.holder, block.attribute, new)
-
-
 def fresh_linear(root: nn.Module, block: FeedForward, name: str, d_in: int, d_out: int) -> nn.Module:
     """A dense layer of the kind that stands at `name`, with other widths and fresh weights.
 
@@ -142,11 +135,6 @@ def fresh_linear(root: nn.Module, block: FeedForward, name: str, d_in: int, d_ou
         redraw(new.weight, stds[old] * (widths(old)[0] / d_in) ** 0.5 if by_fan_in else stds[old])
         redraw(new.bias, spread(old.bias))  # type: ignore[arg-type]
     return new
-
-
-def sizes(block: FeedForward) -> str:
-    """`64→256→64`."""
-    return f"{block.dim}→{block.hidden}→{block.out}"
 
 
 def cost_change(root: nn.Module, record: Record) -> dict[str, tuple[int, int]]:

@@ -19,7 +19,7 @@ class Task(L.LightningModule):
 
     Args:
         net: The network.
-        optimizer: ``parameters -> optimizer``. It is called when training starts, after plugs were attached.
+        optimizer: ``parameters -> optimizer``, AdamW if None. It is called when training starts, after plugs were attached.
         scheduler: ``optimizer -> scheduler``; its length is filled in where it is missing, see
             :func:`gateplug.tasks.schedule.schedule_config`.
     """
@@ -27,7 +27,7 @@ class Task(L.LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         scheduler: SchedulerCallable | None = None,
     ) -> None:
         super().__init__()
@@ -38,7 +38,8 @@ class Task(L.LightningModule):
                     f" functools.partial({type(thing).__name__}, …). It is called after plugs have attached their parameters."
                 )
         self.net = net
-        self.make_optimizer = optimizer
+        # no class as the default: the command line would keep its arguments (AdamW's weight decay) when another one is chosen
+        self.make_optimizer = optimizer or torch.optim.AdamW
         self.make_scheduler = scheduler
         self._looked_at: set[str] = set()
 

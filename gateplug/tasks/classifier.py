@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -43,7 +42,7 @@ class Classifier(Task):
         self,
         net: nn.Module,
         num_classes: int,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         scheduler: SchedulerCallable | None = None,
         label_smoothing: float = 0.0,
     ) -> None:

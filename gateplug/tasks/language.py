@@ -66,7 +66,7 @@ class TokenTask(Task):
     def __init__(
         self,
         net: nn.Module,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         scheduler: SchedulerCallable | None = None,
     ) -> None:
         super().__init__(net, optimizer, scheduler)
@@ -137,7 +137,7 @@ class LanguageModel(TokenTask):
         self,
         net: nn.Module,
         objective: Literal["causal", "masked"] = "causal",
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         scheduler: SchedulerCallable | None = None,
     ) -> None:
         if objective not in ("causal", "masked"):

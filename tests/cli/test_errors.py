@@ -26,6 +26,13 @@ WRONG = {
         COUNTED.format("{target: 7}"),
         "wrong.yaml, line 3: Counted: target must lie in [0, 1], got 7.0",
     ),
+    "refused value of a group": (
+        "model:\n  init_args:\n    net:\n      class_path: MoE\n      init_args:\n"
+        "        experts: {class_path: ExpertMLP, init_args: {experts: 4, dim: 8, hidden: 8}}\n"
+        "        gate:\n          class_path: DSelectK\n          init_args:\n            experts: 4\n            k: 2\n"
+        "            entropy:\n              start: 0.0\n              end: -1.0\n              steps: 3\n",
+        "wrong.yaml, line 14: end=-1.0 of a Ramp must be a finite number ≥ 0",
+    ),
     "refused by data": (
         "data:\n  class_path: Digits\n  init_args: {batch_size: 0}\n",
         "wrong.yaml, line 2: Digits(batch_size=0): it must be at least 1.",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import gateplug as gp
 from gateplug.core.arguments import decode, encode, resolve
 from gateplug.core.checkpoint import instantiate
+from gateplug.core.gate import Foldable
 from tests.modules import Net, UserModule, digits, loader, trainer, vit
 from tests.plugs import ToyPlug
 
@@ -268,3 +269,36 @@ def test_fold_of_a_bare_net_and_of_a_net_without_plugs() -> None:
     assert not any(m._forward_hooks for m in plain.modules())
     assert torch.equal(plain(digits(2)[:][0]), net(digits(2)[:][0]))
     assert plug.gates(net)
+
+
+class Halving(Foldable):
+    """Multiplies by a half; folded it is a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def folded(self) -> nn.Module:
+        plain = nn.Linear(3, 3, bias=False)
+        plain.weight.data.copy_(self.factor * torch.eye(3))
+        return plain
+
+
+def test_layers_with_a_plainer_form_are_folded_wherever_they_stand() -> None:
+    shared = Halving()
+    net = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Tanh()), "c": Halving()})
+    folded = gp.fold(net)
+    assert not any(isinstance(m, Halving) for m in folded.modules())
+    assert folded["a"] is folded["b"][0]
+    assert folded["a"] is not folded["c"]
+    x = torch.randn(2, 3)
+    assert torch.allclose(folded["b"](x), net["b"](x))
+    assert isinstance(gp.fold(Halving()), nn.Linear)
+    assert isinstance(net["a"], Halving), "fold changed what it was given"
+
+
+def test_a_class_as_a_key_of_an_argument_is_written_by_its_name() -> None:
+    assert encode({nn.Linear: 1, "x": 2}) == {"torch.nn.modules.linear.Linear": 1, "x": 2}

@@ -80,3 +80,27 @@ def test_latency_times_in_turn_and_refuses_nonsense() -> None:
     for bad in ({"runs": 0}, {"warm_up": -1}):
         with pytest.raises(ValueError, match="≥"):
             gp.latency(small, torch.randn(1, 8), **bad)
+
+
+def test_a_layer_that_is_handed_a_parameter_is_counted_and_still_trains() -> None:
+    class Handed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.layer = nn.Parameter(torch.ones(2, 3)), nn.Linear(3, 4, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.layer(self.rows).sum()
+
+    net = Handed()
+    assert gp.cost(net, torch.ones(1)).macs == 24
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_a_sparse_mixture_costs_what_it_runs() -> None:
+    gate = gp.TopKGate(8, 2, 16)
+    moe = gp.MoE(gp.ExpertMLP(8, 16, 32), gate)
+    rows = 10
+    # the router, and two experts of two layers a row
+    assert gp.cost(moe, torch.randn(rows, 16)).macs == rows * (16 * 8 + 2 * 2 * 16 * 32)
+    listed = gp.MoE([nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(8)], gate)
+    assert gp.cost(listed, torch.randn(rows, 16)).macs == rows * (16 * 8 + 2 * 2 * 16 * 32)

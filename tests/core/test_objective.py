@@ -208,3 +208,41 @@ def test_a_loop_of_ones_own_gets_the_gradient_of_the_sum_from_the_first_step_on(
 )
 def test_batch_size_is_the_length_of_the_first_tensor(batch: Any, size: int) -> None:
     assert batch_size(batch) == size
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_tether_gives_the_gradient_of_a_term_of_something_that_goes_no_further(reentrant: bool | None) -> None:
+    torch.manual_seed(0)
+    router, injection = nn.Linear(5, 3, dtype=torch.float64), Injection()
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+
+    def layer(x: Tensor) -> Tensor:
+        logits = router(x)  # reported only: the output does not depend on it but through the weights
+        weights, unused = logits.softmax(-1), logits * 2
+        weights, _ = injection.tether((weights, unused), logits, "toy/z", lambda h: 0.3 * h.logsumexp(-1).square().mean())
+        return weights[:, :1] * x
+
+    out = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+    loss = out.square().sum()
+    injection.watch(loss)
+    (4 * loss).backward()
+    assert float(injection.values["toy/z"]) == pytest.approx(float(0.3 * router(x).logsumexp(-1).square().mean().detach()))
+
+    got = [p.grad.clone() for p in (x, *router.parameters())]
+    for p in (x, *router.parameters()):
+        p.grad = None
+    logits = router(x)
+    loss = (logits.softmax(-1)[:, :1] * x).square().sum() + 0.3 * logits.logsumexp(-1).square().mean()
+    (4 * loss).backward()
+    for p, gradient in zip((x, *router.parameters()), got, strict=True):
+        assert torch.allclose(p.grad, gradient, atol=1e-12)
+
+
+def test_several_carriers_bring_the_gradient_once_and_none_brings_nothing() -> None:
+    injection = Injection()
+    x = torch.ones(3, requires_grad=True)
+    a, b = injection.send((x * 1, x * 2), x, torch.full((3,), 5.0), {"toy/x": torch.tensor(1.0)})
+    (a.sum() + b.sum()).backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [8.0] * 3
+    assert injection.send((), x, torch.ones(3), {}) == ()

@@ -12,7 +12,7 @@ import transformers as tr
 from torch import Tensor, nn
 
 import gateplug as gp
-from gateplug.glu.blocks import find
+from gateplug.core.feed_forward import find
 from gateplug.glu.layers import GatedProduct, RecomputingDown
 from tests.modules import Net
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from gateplug.data import Digits
 from gateplug.tasks import hf_model
 
 torch.set_num_threads(1)
@@ -57,3 +58,28 @@ def loader(samples: list, batch_size: int) -> DataLoader:
 
 def as_tuples(x: torch.Tensor, y: torch.Tensor) -> list:
     return list(zip(x, y, strict=True))
+
+
+class Trunk(nn.Module):
+    """Features (batch, width) that all tasks share."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU())
+
+    def forward(self, pixel_values):
+        return self.body(pixel_values)
+
+
+class DigitAndParity(Digits):
+    """Two tasks on the digits: which one it is, and whether it is odd."""
+
+    def collate(self, split):
+        inner = super().collate(split)
+
+        def with_parity(items):
+            batch = inner(items)
+            digit = batch["labels"]
+            return {**batch, "labels": {"digit": digit, "parity": (digit % 2).float()}}
+
+        return with_parity

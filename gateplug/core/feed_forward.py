@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gateplug.core.activations import ATTRIBUTES, activation_name, is_activation
 from gateplug.core.cost import ordinary_attention, still
+from gateplug.core.edit import Edit, Replace, SetAttribute
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class FeedForward:
     def slot(self) -> str:
         """Full name of the activation."""
         return f"{self.holder}.{self.attribute}" if self.holder else self.attribute
+
+
+def replace_activation(root: nn.Module, block: FeedForward, new: nn.Module) -> Edit:
+    """Edit that puts `new` in the place of a block's activation, a module or a function, and of no other."""
+    if block.attribute in root.get_submodule(block.holder)._modules:
+        return Replace(block.slot, new, everywhere=False)
+    return SetAttribute(block.holder, block.attribute, new)
+
+
+def sizes(block: FeedForward) -> str:
+    """`64→256→64`."""
+    return f"{block.dim}→{block.hidden}→{block.out}"
 
 
 def widths(linear: nn.Module) -> tuple[int, int]:
@@ -145,9 +158,9 @@ def _run(root: nn.Module, block: FeedForward) -> str | None:
     ran = False
     _set(holder, block.attribute, witness)
     try:
-        around = _around(root, holder, block)
+        around = surroundings(root, holder, block)
         with still(around), ordinary_attention():
-            for example in _examples(block.dim, weight):
+            for example in examples(block.dim, weight):
                 seen.clear()
                 witness.seen = None
                 try:
@@ -155,9 +168,9 @@ def _run(root: nn.Module, block: FeedForward) -> str | None:
                 except Exception:  # whatever a module makes of an input that is not of its kind
                     continue
                 ran = True
-                if witness.seen is None or not {"first", "second"} <= seen.keys() or not _same(seen["first"], witness.seen[0]):
+                if witness.seen is None or not {"first", "second"} <= seen.keys() or not same(seen["first"], witness.seen[0]):
                     continue
-                if _same(witness.seen[1], seen["second"]):
+                if same(witness.seen[1], seen["second"]):
                     return None
                 return "the second layer does not receive what the activation gives (a block that is gated already?)"
         return "the activation is not called on the first layer's output" if ran else "it could not be run on its own"
@@ -167,7 +180,7 @@ def _run(root: nn.Module, block: FeedForward) -> str | None:
             hook.remove()
 
 
-def _around(root: nn.Module, holder: nn.Module, block: FeedForward) -> nn.Module:
+def surroundings(root: nn.Module, holder: nn.Module, block: FeedForward) -> nn.Module:
     """The smallest module that can be run and holds the whole block."""
     if block.holder and not block.second.startswith(f"{block.holder}."):
         return root.get_submodule(block.holder.rpartition(".")[0])
@@ -193,7 +206,7 @@ def _set(holder: nn.Module, attribute: str, value: Any) -> None:
         object.__setattr__(holder, attribute, value)
 
 
-def _examples(dim: int, like: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def examples(dim: int, like: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Small inputs in the forms that blocks take: (batch, tokens, d), with a memory, images, rows."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((2, 3, dim), (2, dim, 4, 4), (2, dim)):
@@ -202,5 +215,6 @@ def _examples(dim: int, like: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield (x, x)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
+    """The same numbers, whatever the shape."""
     return a.numel() == b.numel() and torch.equal(a.flatten(), b.flatten())

@@ -1,0 +1,40 @@
+"""Balance without a loss (arXiv 2408.15664): a bias, by which experts are chosen and not weighted, moved after each step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gateplug.moe.functional import bias_step
+from gateplug.moe.gates import SigmoidGate
+from gateplug.moe.regulate import Regulator
+
+
+def bias_of(router: nn.Module) -> Tensor | None:
+    """The balancing bias of a router, if it has one: a buffer (E,), or a frozen parameter (1, E) in Ernie 4.5."""
+    if isinstance(router, SigmoidGate):
+        return router.bias
+    for holder in (router, getattr(router, "moe_statics", None)):
+        bias = getattr(holder, "e_score_correction_bias", None)
+        if isinstance(bias, Tensor):
+            return bias
+    return None
+
+
+def move(pairs: list[tuple[Regulator, Tensor]], rate: float) -> None:
+    """Move each bias by `rate` towards balance, by the counts of the whole step on all processes, which are then forgotten.
+
+    A layer that saw no rows on any process stays as it is.
+    """
+    loads = [r.load if r.load is not None else bias.new_zeros(bias.numel(), dtype=torch.float32) for r, bias in pairs]
+    for regulator, _ in pairs:
+        regulator.load = None
+    if not loads:
+        return
+    flat = torch.cat(loads)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flat)
+    with torch.no_grad():
+        for (_, bias), load in zip(pairs, torch.split(flat, [len(load) for load in loads]), strict=True):
+            bias.copy_(bias_step(bias.flatten().to(load.dtype), load, rate).view_as(bias))

@@ -1,0 +1,37 @@
+"""Auxiliary losses that a Hugging Face mixture adds by itself."""
+
+from __future__ import annotations
+
+import re
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+SILENT = ("deepseek", "glm4", "llama4")
+"""Families that take the flag and return the logits, and add nothing to the loss."""
+
+
+def own_losses(module: nn.Module) -> dict[str, str]:
+    """Models in `module` whose own auxiliary loss is on: name -> the coefficient, in words."""
+    found: dict[str, str] = {}
+    for name, m in module.named_modules():
+        config = getattr(m, "config", None)
+        if config is None or any(name.startswith(f"{other}." if other else "") for other in found):
+            continue
+        kind = str(getattr(config, "model_type", ""))
+        if getattr(config, "output_router_logits", False) is True and not kind.startswith(SILENT):
+            coefficient = next(
+                (c for c in vars(config) if re.fullmatch(r"(router_)?(aux_loss|z_loss)_coef.*|.*aux_loss.*", c)), None
+            )
+            found[name] = f"{coefficient}={getattr(config, coefficient)}" if coefficient else "its config names no coefficient"
+    return found
+
+
+def say_own_loss(module: nn.Module) -> None:
+    """Warn where a model adds a loss of its own for the same routers."""
+    for name, coefficient in own_losses(module).items():
+        rank_zero_warn(
+            f"{name or type(module).__name__} adds an auxiliary router loss of its own (output_router_logits=True, "
+            f"{coefficient}), which pools all layers; RegulateRouters adds to it. Set output_router_logits=False in its "
+            "config to have one of them"
+        )

@@ -1,0 +1,44 @@
+"""What static DSelect-k gates have come to, in words."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from gateplug.core.errors import listed
+from gateplug.moe.layers import DSelectK
+
+
+def static_gates(module: nn.Module) -> dict[str, DSelectK]:
+    """Static DSelect-k gates that still learn which experts to take, by name."""
+    gates = {name: m for name, m in module.named_modules() if isinstance(m, DSelectK) and isinstance(m.z, nn.Parameter)}
+    return {name: gate for name, gate in gates.items() if gate.z.requires_grad}
+
+
+def warn_frozen(module: nn.Module) -> None:
+    """Warn of selector bits that start where the smooth step is flat: they have no gradient, and never will."""
+    bad = {name: int((gate.frozen() * gate.bits).sum()) for name, gate in static_gates(module).items()}
+    if bad := {name: n for name, n in bad.items() if n}:
+        rank_zero_warn(
+            "selector bits of DSelectK start outside of ± gamma / 2 and are frozen: "
+            f"{listed(f'{n} of {name}' for name, n in bad.items())}. Start them closer to 0 (gate.reset_parameters()) or give a "
+            "larger gamma; harden() says that they are meant to be fixed"
+        )
+
+
+def warn_unreached(module: nn.Module) -> None:
+    """Warn of gates that use more than k experts at the end of a training, or fewer."""
+    more, fewer = [], []
+    for name, gate in static_gates(module).items():
+        used = (gate.weights() != 0).sum(-1).flatten()
+        many, few = int((used > gate.k).sum()), int((used < gate.k).sum())
+        text = f"{name} (k={gate.k}; {used.float().mean():.3g} used)"
+        more += [f"{many} of {len(used)} in {text}" if len(used) > 1 else text] * bool(many)
+        fewer += [f"{few} of {len(used)} in {text}" if len(used) > 1 else text] * bool(few)
+    if more:
+        rank_zero_warn(
+            f"DSelectK gates have not come down to k experts: {listed(more)}. Let entropy end higher (a gp.Ramp), train longer, "
+            "or round them with harden(force=True)"
+        )
+    if fewer:
+        rank_zero_warn(f"selectors of DSelectK gates have chosen the same expert: {listed(fewer)}")
