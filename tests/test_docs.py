@@ -161,6 +161,7 @@ def test_pictures_can_be_drawn_again():
         "glu_gates": {"epochs": 1},
         "units_gates": {"epochs": 1},
         "exact_resume": {"steps": 24},
+        "moe_experts_over_time": {"steps": 20},
     }
     for figure, draw in make["FIGURES"].items():
         draw(Path(), **shortened.get(figure, {}))

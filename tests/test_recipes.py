@@ -62,7 +62,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         small = list(options)
         for file in files:
             data = yaml.safe_load(file.read_text()).get("data", {}).get("init_args", {})
-            data = data.get("data", {}).get("init_args", data)  # images that are laid over each other
+            if "data" in data:  # images that are laid over each other
+                small += [f"--data.{part}_pairs=16" for part in ("train", "val", "test")]
+                data = data["data"]["init_args"]
             name = data.get("name")
             if name == "python-stdlib":
                 small.append("--data.max_bytes=400000")

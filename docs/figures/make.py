@@ -99,13 +99,11 @@ def smooth_step(folder: Path) -> None:
     figure.savefig(folder / "smooth_step.png", dpi=100)
 
 
-def moe_experts_over_time(folder: Path) -> None:
+def moe_experts_over_time(folder: Path, steps: int = 600) -> None:
     """The picture of ExpertMonitor after recipes/moe_router_text.yaml."""
-    run(
-        folder,
-        "moe_experts_over_time",
-        lambda root: gateplug(["fit", "-c", "recipes/moe_router_text.yaml", f"--trainer.default_root_dir={root}"]),
-    )
+    recipe = str(HERE.parents[1] / "recipes" / "moe_router_text.yaml")
+    limit = [f"--trainer.max_steps={steps}", "--trainer.limit_test_batches=1"]
+    run(folder, "moe_experts_over_time", lambda root: gateplug(["fit", "-c", recipe, *limit, "--trainer.default_root_dir", root]))
 
 
 def exact_resume(folder: Path, steps: int = 60) -> None:

@@ -5,6 +5,7 @@
     python docs/figures/results_moe.py run movielens --seeds 0 1 2 3 4       # recipes/dselectk_movielens.yaml
     python docs/figures/results_moe.py table                                 # prints the tables in Markdown
     python docs/figures/results_moe.py draw                                  # results_moe.png
+    python docs/figures/results_moe.py cost                                  # moe_experts_cost.png, by tests/benchmarks/moe.py
 
 Run from the root of the repository, with the data sets in the folder that GATEPLUG_DATA names. A run that is stored already is
 not repeated. All arms of a seed see the same batches in the same order; they differ by the gate alone.
@@ -18,6 +19,8 @@ import fcntl
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -213,6 +216,7 @@ def main() -> None:
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     commands.add_parser("table")
     commands.add_parser("draw")
+    commands.add_parser("cost")
     args = parser.parse_args()
     if args.command == "run":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two series then share two cores
@@ -224,6 +228,9 @@ def main() -> None:
                     print(args.task, result, flush=True)
     elif args.command == "draw":
         draw(stored())
+    elif args.command == "cost":
+        figure = str(HERE / "moe_experts_cost.png")
+        subprocess.run([sys.executable, "tests/benchmarks/moe.py", "--figure", figure], check=True)
     else:
         for task, runs in stored().items():
             print(f"{task}\n\n{table(task, runs)}\n")

@@ -59,8 +59,7 @@ class ExpertMonitor(Plug):
 
     Args:
         every_n_steps: training batches in a window, ≥ 1.
-        routers: as in :class:`RegulateRouters`.
-        adapters: the same.
+        routers, adapters: as in :class:`RegulateRouters`.
         collapse: from which value on, in (0, 1], a router counts as collapsed; None to be silent.
 
     Raises:
@@ -98,8 +97,6 @@ class ExpertMonitor(Plug):
         self._alarm = Alarm(collapse)
         self._folder: Path | None = None
         self._batches, self._step, self._drawn, self._looked = 0, 0, -1, False
-
-    # ------------------------------------------------------------------ which routers
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, all plugs have brought theirs by now, and look on."""
@@ -151,8 +148,9 @@ class ExpertMonitor(Plug):
         chosen = [r for name, r in found.items() if any(f"{name}.".startswith(f"{layer}.") for layer in layers)]
         lost = [layer for layer in layers if not any(f"{r.name}.".startswith(f"{layer}.") for r in chosen)]
         if lost:
-            titles = listed(r.title for r in found.values())
-            raise PlugError(f"ExpertMonitor finds no router in {listed(lost)}. Routers are: {titles}")
+            raise PlugError(
+                f"ExpertMonitor finds no router in {listed(lost)}. Routers: {listed(r.title for r in found.values())}"
+            )
         return chosen
 
     # ------------------------------------------------------------------ batch by batch
@@ -173,8 +171,9 @@ class ExpertMonitor(Plug):
         self._batches += 1
         # the axis on which Lightning logs: batches that stepped, whatever the number of optimizers
         self._step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        count = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if count % self.every_n_steps == 0 or (trainer.is_last_batch and not self._looked):
+        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.every_n_steps == 0 or (
+            trainer.is_last_batch and not self._looked
+        ):
             self._look(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -247,6 +246,5 @@ class ExpertMonitor(Plug):
         self._handles, self._tallies = [], []
 
 
-def _regulated(trainer: Trainer) -> bool:
-    """RegulateRouters says by itself what there is to say of DSelectK gates."""
+def _regulated(trainer: Trainer) -> bool:  # then RegulateRouters says what there is to say of DSelectK gates
     return any(isinstance(callback, RegulateRouters) for callback in trainer.callbacks)  # type: ignore[attr-defined]

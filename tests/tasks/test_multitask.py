@@ -118,6 +118,12 @@ def test_an_ignore_index_of_ones_own():
     assert float(loss) == pytest.approx(float(F.cross_entropy(x[1:3], y[1:3])))
 
 
+def test_a_class_of_bytes_is_not_taken_for_the_ignore_index():
+    x, y = torch.randn(2, 200), torch.tensor([156, 3], dtype=torch.uint8)  # as a byte, −100 is 156
+    loss = MultiTask(Given(), {"a": TaskHead("classification", outputs=200)}).training_step({"a": x, "labels": {"a": y}}, 0)
+    assert float(loss) == pytest.approx(float(F.cross_entropy(x, y.long())))
+
+
 def test_a_sample_without_a_label_reaches_neither_loss_nor_gradient():
     batch = samples(12)
     gone = {"class": batch["labels"]["class"] == -100, "click": batch["labels"]["click"].isnan()}
@@ -369,7 +375,8 @@ def test_metrics_and_loss_of_ones_own(tmp_path):
     f1 = BinaryF1Score()(batch["click"][known, 0].sigmoid(), batch["labels"]["click"][known].long())
     assert result["test/click/f1"] == pytest.approx(float(f1), rel=1e-6)
     assert all(y.isfinite().all() for _, y in seen)  # a loss never sees NaN
-    assert metric.update_count == 0  # each stage has a copy
+    own = [tasks["rating"].metrics(stage)["mae"] for stage in ("train", "val", "test")]
+    assert len({id(m) for m in (metric, *own)}) == 4  # each stage has a copy
 
 
 # ---------------------------------------------------------------------- what a network may return
