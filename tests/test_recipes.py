@@ -63,7 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         for file in files:
             data = yaml.safe_load(file.read_text()).get("data", {}).get("init_args", {})
             if "data" in data:  # images that are laid over each other
-                small += [f"--data.{part}_pairs=16" for part in ("train", "val", "test")]
+                small += [f"--data.{part}_pairs=10" for part in ("train", "val", "test")]
                 data = data["data"]["init_args"]
             name = data.get("name")
             if name == "python-stdlib":

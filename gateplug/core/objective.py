@@ -176,10 +176,19 @@ class Objective:
         if not isinstance(loss, Tensor):
             return out
         total, values = self.total(loss)
-        samples = batch_size(args[0] if args else next(iter(kwargs.values()), None))
-        for name, value in values.items():
-            self.module.log(name, value, batch_size=samples)  # type: ignore[operator]
+        if values and self._logging():
+            samples = batch_size(args[0] if args else next(iter(kwargs.values()), None))
+            for name, value in values.items():
+                self.module.log(name, value, batch_size=samples)  # type: ignore[operator]
         return {**out, "loss": total} if isinstance(out, Mapping) else total
+
+    def _logging(self) -> bool:
+        """Whether the Trainer logs after this step, or the run may end: `log` takes its time, also when nobody reads it."""
+        trainer: Any = self.module.trainer
+        every = trainer.log_every_n_steps
+        steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        ending: bool = trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step + 1
+        return ending or (every > 0 and steps % every == 0)
 
 
 def batch_size(batch: Any) -> int:

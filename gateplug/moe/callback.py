@@ -94,6 +94,7 @@ class RegulateRouters(Plug):
         self._steps, self._seen = 0, 0
         self._regulators: dict[str, Regulator] = {}
         self._biased: list[tuple[Regulator, Tensor]] = []
+        self._ramped: list[DSelectK] = []
 
     # ------------------------------------------------------------------ what is attached
 
@@ -168,12 +169,13 @@ class RegulateRouters(Plug):
         mine = Plug.gates(self, module)
         self._regulators = {name.rsplit(".", 1)[0]: m for name, m in mine.items() if isinstance(m, Regulator)}
         self._biased = []
+        self._ramped = [m for m in module.modules() if isinstance(m, DSelectK)]
         for name, regulator in self._regulators.items():
             regulator.padding = self._padding
             bias = bias_of(module.get_submodule(name.removesuffix(".tap")))
             if regulator.counting and bias is not None:
                 self._biased.append((regulator, bias))
-        self._tell_steps(module)
+        self._tell_steps()
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Routers that come later would not be regulated, without a word."""
@@ -186,13 +188,12 @@ class RegulateRouters(Plug):
     def step(self, module: nn.Module) -> None:
         """An optimizer step was taken: advance ramps, move biases. A Trainer does this; call it yourself in your own loop."""
         self._steps += 1
-        self._tell_steps(module)
+        self._tell_steps()
         move(self._biased, self.bias_rate)
 
-    def _tell_steps(self, module: nn.Module) -> None:
-        for gate in module.modules():
-            if isinstance(gate, DSelectK):
-                gate.steps.fill_(self._steps)
+    def _tell_steps(self) -> None:
+        for gate in self._ramped:
+            gate.steps.fill_(self._steps)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for what would go wrong."""
@@ -210,7 +211,7 @@ class RegulateRouters(Plug):
                 f"routers that are in eval mode are not regularised: {listed(asleep)}. Call model.train() on the network before "
                 "the fit, if it is meant to be trained"
             )
-        self._tell_steps(pl_module)
+        self._tell_steps()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Read which rows are padding."""

@@ -211,18 +211,21 @@ def logit_terms(
         p = log_p.exp()
     else:
         p, log_sum, log_p = x, x.sum(-1), x.clamp_min(1e-20).log()
-    slope = torch.zeros_like(x)
-    balance = p @ g
+    column = torch.zeros_like(log_sum)  # what is added to the slope in all columns of a row
+    slope: Tensor | float = 0.0
     if weights.load_balance:
+        balance = p @ g
         found["load_balance"] = balance @ row
-        slope = slope + weights.load_balance * (g - balance[:, None] if logits else g)
+        slope = weights.load_balance * g
+        column = column - weights.load_balance * balance
     if weights.entropy:
         h = -(p * log_p).sum(-1)
         found["entropy"] = h @ row
-        slope = slope - weights.entropy * (log_p + h[:, None] if logits else log_p + 1)
+        slope = slope - weights.entropy * (log_p if logits else log_p + 1)
+        column = column - weights.entropy * h
     if weights.z_loss and logits:
         found["z_loss"] = log_sum.square() @ row
-        slope = slope + (2 * weights.z_loss) * log_sum[:, None]
+        column = column + (2 * weights.z_loss) * log_sum
     if not found:
         return found, None
-    return found, (p * slope if logits else slope) * row[:, None]
+    return found, (p * (slope + column[:, None]) * row[:, None] if logits else (slope * row[:, None]).expand_as(x))
