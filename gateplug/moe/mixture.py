@@ -62,12 +62,12 @@ class MoE(Foldable):
         """Run the mixture.
 
         Args:
-            x: (…, dim), rows over all leading dimensions; with `route` (…, *shape), whatever the experts take.
+            x: (…, dim), rows over all leading dimensions; with `route` `(…, *shape)`, whatever the experts take.
             mask: (…) bool, False for rows that take no part (padding): not routed, not counted, output 0.
             route: (…, gate.dim): what the gate looks at, if not `x`.
 
         Returns:
-            (…, *out): what the experts give for a row.
+            `(…, *out)`: what the experts give for a row.
         """
         if self.gate.static:
             return self._static(x, mask)
@@ -135,12 +135,12 @@ class MultiGateMoE(Foldable):
         """Run the mixture for all tasks.
 
         Args:
-            x: (rows, *shape), whatever the experts take.
+            x: `(rows, *shape)`, whatever the experts take.
             mask: (rows,) bool, False for rows that take no part; their output is 0.
             route: (rows, dim): what the gates look at, if not `x`.
 
         Returns:
-            (rows, tasks, *out).
+            `(rows, tasks, *out)`.
         """
         if all(gate.static for gate in self._gates()):
             q = torch.cat([gate.route(no_rows(x)).weights for gate in self._gates()])
