@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gateplug.core.edit import AddGate, Edit
 from gateplug.core.errors import PlugError, listed
@@ -18,12 +18,12 @@ from gateplug.core.select import Layers
 from gateplug.core.table import print_table
 from gateplug.moe.bias import bias_of, move
 from gateplug.moe.layers import DSelectK
-from gateplug.moe.own_loss import say_own_loss
+from gateplug.moe.own_loss import say_own_loss, watch_calls
 from gateplug.moe.padding import Padding
 from gateplug.moe.possible import kind, named, possible, reason
 from gateplug.moe.regulate import Regulator, Weights
 from gateplug.moe.routers import Adapter, Router, find_routers, no_router
-from gateplug.moe.selection import warn_frozen, warn_unreached
+from gateplug.moe.selection import warn_asleep, warn_frozen, warn_unreached
 from gateplug.moe.upcycle import Upcycle
 
 
@@ -31,7 +31,7 @@ class RegulateRouters(Plug):
     """Regularise the routers of a mixture of experts, each layer by itself, summed over the layers.
 
     For gateplug's gates, the routers of Hugging Face's mixtures (Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3, GPT-OSS, Switch …) and,
-    by an adapter, any other. With p = softmax(logits) and means over the rows (tokens) that are no padding:
+    by an adapter, any other. With p = softmax(logits) and means over the rows (tokens) that are no padding::
 
         load_balance = E Σ_e f_e P_e     f_e share of the choices, P_e mean of p_e: 1 at balance, E at collapse (k = 1)
         z_loss       = mean logsumexp(logits)²
@@ -95,6 +95,7 @@ class RegulateRouters(Plug):
         self._regulators: dict[str, Regulator] = {}
         self._biased: list[tuple[Regulator, Tensor]] = []
         self._ramped: list[DSelectK] = []
+        self._handles: list[RemovableHandle] = []
 
     # ------------------------------------------------------------------ what is attached
 
@@ -199,18 +200,14 @@ class RegulateRouters(Plug):
         """Look for what would go wrong."""
         super().on_fit_start(trainer, pl_module)
         say_own_loss(pl_module)
+        self._handles = watch_calls(pl_module)
         warn_frozen(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps count from here."""
         super().on_train_start(trainer, pl_module)
         self._seen = trainer.global_step
-        asleep = [name for name, regulator in self._regulators.items() if not regulator.training]
-        if asleep:  # from_pretrained gives a model in eval mode, and Lightning leaves it so
-            rank_zero_warn(
-                f"routers that are in eval mode are not regularised: {listed(asleep)}. Call model.train() on the network before "
-                "the fit, if it is meant to be trained"
-            )
+        warn_asleep(self._regulators)
         self._tell_steps()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -238,6 +235,12 @@ class RegulateRouters(Plug):
         """Of each router, its terms in the last batch, without their factors."""
         values = {name.removesuffix(".tap"): r.values for name, r in self._regulators.items() if r.values}
         return {name: {term: float(v) for term, v in terms.items()} for name, terms in values.items()}
+
+    def _release(self, module: nn.Module) -> None:
+        super()._release(module)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
         """The arguments, and how many optimizer steps were taken: ramps depend on it."""

@@ -32,7 +32,7 @@ class ExpertMonitor(Plug):
 
     Every router is looked at on every training batch, without a word to the device; once in `every_n_steps` batches (and on the
     last batch of an epoch in which that did not happen) the sums over these batches, over all processes, without padding, are
-    read and logged under `moe/<router>/…`:
+    read and logged under `moe/<router>/…`::
 
         load             histogram of the share of the choices that fall on each expert, before a capacity drops any; of static
                          gates, DSelectK and SoftmaxGate, which weigh all experts, the share of the weight

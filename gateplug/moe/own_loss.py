@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 SILENT = ("deepseek", "glm4", "llama4")
 """Families that take the flag and return the logits, and add nothing to the loss."""
@@ -35,3 +37,26 @@ def say_own_loss(module: nn.Module) -> None:
             f"{coefficient}), which pools all layers; RegulateRouters adds to it. Set output_router_logits=False in its "
             "config to have one of them"
         )
+
+
+class AskedByCall:
+    """Forward pre-hook on a model whose auxiliary loss is switched on by an argument of the call (Switch): says so, once."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the arguments."""
+        if kwargs.get("output_router_logits") is True and not self.said:
+            self.said = True
+            rank_zero_warn(
+                f"{type(model).__name__} is called with output_router_logits=True and adds auxiliary router losses of its own "
+                f"(router_aux_loss_coef={getattr(model.config, 'router_aux_loss_coef', 'unknown')}); RegulateRouters adds to them. "
+                "Leave the argument out to have one of them"
+            )
+
+
+def watch_calls(module: nn.Module) -> list[RemovableHandle]:
+    """Put :class:`AskedByCall` on every Switch model in `module`; take the handles off after the run."""
+    models = [m for m in module.modules() if type(m).__name__.startswith("SwitchTransformersFor")]
+    return [m.register_forward_pre_hook(AskedByCall(), with_kwargs=True) for m in models]

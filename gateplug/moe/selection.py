@@ -1,6 +1,8 @@
-"""What static DSelect-k gates have come to, in words."""
+"""What routers have come to, in words."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -42,3 +44,13 @@ def warn_unreached(module: nn.Module) -> None:
         )
     if fewer:
         rank_zero_warn(f"selectors of DSelectK gates have chosen the same expert: {listed(fewer)}")
+
+
+def warn_asleep(modules: Mapping[str, nn.Module]) -> None:
+    """Warn of routers in eval mode: `from_pretrained` gives a model so, and Lightning leaves it."""
+    asleep = [name for name, module in modules.items() if not module.training]
+    if asleep:
+        rank_zero_warn(
+            f"routers that are in eval mode are not regularised: {listed(asleep)}. Call model.train() on the network before the "
+            "fit, if it is meant to be trained"
+        )

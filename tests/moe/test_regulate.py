@@ -326,6 +326,27 @@ def test_a_models_own_auxiliary_loss_is_pointed_out(tmp_path: Path) -> None:
     assert run("DeepseekV3", output_router_logits=True) == [], "it takes the flag and adds nothing"
 
 
+def test_an_auxiliary_loss_that_is_asked_for_by_the_call_is_pointed_out_once(tmp_path: Path) -> None:
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = FAMILIES["Switch"][0]()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(**batch, output_router_logits=True).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    module = Module()
+    data = torch.utils.data.DataLoader([ids(), ids()], batch_size=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, max_steps=2, callbacks=[gp.RegulateRouters(load_balance=0.1)]).fit(module, data)
+    assert len([w for w in caught if "is called with output_router_logits=True" in str(w.message)]) == 1
+    assert not module.net._forward_pre_hooks, "the hook was left behind"
+
+
 def test_the_bias_controller_balances_the_spec_experiment() -> None:
     """E = 8, k = 2, 1,024 fresh tokens a step: CV of the load 0.857 without, 0.056 with rate 0.001 (mean of the last 50 of 500 steps)."""
 
