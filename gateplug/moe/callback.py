@@ -167,8 +167,8 @@ class RegulateRouters(Plug):
 
     def _settle(self, module: nn.Module) -> None:
         super()._settle(module)
-        mine = Plug.gates(self, module)
-        self._regulators = {name.rsplit(".", 1)[0]: m for name, m in mine.items() if isinstance(m, Regulator)}
+        mine = Plug.gates(self, module).items()
+        self._regulators = {name.rsplit(".", 1)[0]: m for name, m in mine if isinstance(m, Regulator)}
         self._biased = []
         self._ramped = [m for m in module.modules() if isinstance(m, DSelectK)]
         for name, regulator in self._regulators.items():
@@ -238,9 +238,8 @@ class RegulateRouters(Plug):
 
     def _release(self, module: nn.Module) -> None:
         super()._release(module)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        while self._handles:
+            self._handles.pop().remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The arguments, and how many optimizer steps were taken: ramps depend on it."""

@@ -51,8 +51,8 @@ class AskedByCall:
             self.said = True
             rank_zero_warn(
                 f"{type(model).__name__} is called with output_router_logits=True and adds auxiliary router losses of its own "
-                f"(router_aux_loss_coef={getattr(model.config, 'router_aux_loss_coef', 'unknown')}); RegulateRouters adds to them. "
-                "Leave the argument out to have one of them"
+                f"(router_aux_loss_coef={getattr(model.config, 'router_aux_loss_coef', 'unknown')}); RegulateRouters adds to "
+                "them. Leave the argument out to have one of them"
             )
 
 
