@@ -124,7 +124,7 @@ def plain(root: nn.Module, block: FeedForward) -> Dense | str:
         what = f"{sizes(block)} {block.activation}"
     else:
         one = nn.Sequential(*_chain(root, block, drops))
-        if (why := not_row_wise(one, block.dim) if block.out == block.dim else None) is not None:
+        if (why := not_row_wise(one, block.dim, block.out)) is not None:
             return why
         make, what = partial(copies, one), f"{sizes(block)} {_spelled(root, block)}"
     frozen = not any(p.requires_grad for m in (first, second) for p in m.parameters())

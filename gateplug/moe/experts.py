@@ -155,6 +155,8 @@ class ExpertMLP(nn.Module):
         )
         for name, p in self.named_parameters():
             setattr(new, name, nn.Parameter(p.detach()[list(chosen)].clone(), p.requires_grad))
+        if self.b_out is None:  # a feed-forward with a bias in its first layer alone
+            new.b_out = None
         return new.train(self.training)
 
     def check(self, dim: int) -> None:

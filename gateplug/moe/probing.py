@@ -40,14 +40,15 @@ def weight_of(module: nn.Module) -> Tensor | None:
     return next((p for p in module.parameters() if p.is_floating_point()), None)
 
 
-def not_row_wise(module: nn.Module, dim: int) -> str | None:  # noqa: PLR0911  # one for each reason
-    """Why `module` is no feed-forward for rows of width `dim`, or None if it maps each row by itself to one of the same width."""
+def not_row_wise(module: nn.Module, dim: int, out: int | None = None) -> str | None:  # noqa: PLR0911  # one for each reason
+    """Why `module` is no feed-forward for rows of width `dim`, or None if it maps each row by itself to one of width `out`."""
     like = weight_of(module)
     if like is None or like.is_meta:
         return "it has no weights" if like is None else "its weights are on the meta device and cannot be run"
     taken = [p for p in inspect.signature(module.forward).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if len(taken) > 1:
         return f"it takes {len(taken)} inputs ({', '.join(p.name for p in taken)}), and an expert takes rows alone"
+    out = out or dim
     x = rows(dim, like)
     other = x.clone()
     other[0, 0] = -other[0, 0] + 1
@@ -56,11 +57,11 @@ def not_row_wise(module: nn.Module, dim: int) -> str | None:  # noqa: PLR0911  #
             y, flat, moved = module(x), module(x.reshape(6, dim)), module(other)
     except Exception as error:  # whatever a module makes of an input that is not of its kind
         return f"it does not take rows of width {dim}: {error}"
-    if not isinstance(y, Tensor) or y.shape != x.shape:
+    if not isinstance(y, Tensor) or y.shape != (2, 3, out):
         return f"it gives {tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__} for rows {tuple(x.shape)}"
-    if flat.shape != (6, dim) or not _close(flat, y.reshape(6, dim)):
+    if flat.shape != (6, out) or not _close(flat, y.reshape(6, out)):
         return "it does something else with rows (6, d) than with (2, 3, d)"
-    if not _close(moved.reshape(6, dim)[1:], y.reshape(6, dim)[1:]):
+    if not _close(moved.reshape(6, out)[1:], y.reshape(6, out)[1:]):
         return "what it gives for a row depends on other rows"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -42,10 +43,11 @@ class Upcycle(Plug):
 
     Args:
         experts: number of experts, ≥ 2.
-        gate: `top_k`, `sigmoid`, `dselect_k` or `softmax`, or a function `(experts, dim) -> gate`. Softmax and, until they
-            have decided, DSelect-k gates run all experts.
-        k: experts a row, 1 … experts; not used by `softmax`, nor by a function.
-        gate_args: further arguments of a gate given by name.
+        gate: `top_k`, `sigmoid`, `dselect_k` or `softmax`, a class of gates, or a function `(experts, dim) -> gate`. Softmax and,
+            until they have decided, DSelect-k gates run all experts.
+        k: experts a row, 1 … experts; not used by `softmax`, nor by a function. With k = 1 the weight is the constant 1, and the
+            terms of :class:`RegulateRouters` alone train the router.
+        gate_args: further arguments of a gate given by name or class.
         layers: which feed-forwards, see :func:`gateplug.core.select.select`; a name selects those in and below it, and a module
             that is none by its structure is taken if it maps rows to rows. "auto" takes all as wide at the end as at the start.
         noise: standard deviation of what is added to the weights of the copies, relative to that of the weight, ≥ 0. With it
@@ -121,12 +123,14 @@ class Upcycle(Plug):
                     )
                 inside = [dense]
             chosen.update({d.name: d for d in inside})
-        self._warn(module)
-        return [edit for dense in chosen.values() for edit in self._edits(dense)]
+        edits = [edit for dense in chosen.values() for edit in self._edits(dense)]
+        self._warn(module, [e.new.gate for e in edits if isinstance(e, Replace) and isinstance(e.new, MoE)])
+        return edits
 
     def _edits(self, dense: Dense) -> list[Edit]:
         with seeded(dense.name, dense.like):
             gate = self._gate(dense.dim)
+            _check_sum(gate, dense.dim)
             experts = dense.make(self.experts)
             if self.noise:
                 with torch.no_grad():
@@ -135,7 +139,8 @@ class Upcycle(Plug):
         # routers work in float32 at least, also in a model of half precision
         gate = gate.to(dense.like.device, torch.promote_types(dense.like.dtype, torch.float32))
         mixture = MoE(experts, gate, capacity_factor=self.capacity_factor, drop=self.drop)
-        exact = f"not exact: noise {self.noise:g}" if self.noise else "exact"
+        exact = "exact" if self.capacity_factor is None else "exact while nothing is dropped"
+        exact = f"not exact: noise {self.noise:g}" if self.noise else exact
         chooses = f"{type(gate).__name__} k={gate.k}" if gate.k < self.experts else type(gate).__name__
         frozen = ", frozen: the router alone trains" if dense.frozen else ""
         what = f"{dense.what} → {self.experts} experts, {chooses}, {exact}{frozen}"
@@ -143,29 +148,35 @@ class Upcycle(Plug):
 
     def _gate(self, dim: int) -> ExpertGate:
         """A router for rows of a width."""
-        if not isinstance(self.gate, str):
-            gate = self.gate(self.experts, dim)
+        made: Any = GATES[self.gate] if isinstance(self.gate, str) else self.gate
+        takes = inspect.signature(made).parameters if isinstance(made, type) else {}
+        if not {"experts", "dim"} <= takes.keys():
+            gate: ExpertGate = made(self.experts, dim)
             if not isinstance(gate, ExpertGate) or gate.experts != self.experts or gate.dim not in (dim, None):
                 raise ValueError(
                     f"gate(experts={self.experts}, dim={dim}) must give one of gateplug's gates for these, and gave {gate}"
                 )
         else:
             given = dict(self.gate_args or {})
-            counted = {"k": self.k} if self.gate in ("top_k", "sigmoid", "dselect_k") else {}
+            counted = {"k": self.k} if "k" in takes else {}
             try:
-                gate = GATES[self.gate](**{"experts": self.experts, "dim": dim, **counted, **given})
+                gate = made(**{"experts": self.experts, "dim": dim, **counted, **given})
             except TypeError as error:
-                raise ValueError(f"gate_args={given!r} do not fit {GATES[self.gate].__name__}: {error}") from None
+                raise ValueError(f"gate_args={given!r} do not fit {made.__name__}: {error}") from None
         why = _not_one(gate)
         if why:
             raise ValueError(f"{gate} cannot take over from a dense layer, as its weights do not sum to 1: {why}")
         return gate
 
-    def _warn(self, module: nn.Module) -> None:
-        if isinstance(self.gate, str):
-            return
+    def _warn(self, module: nn.Module, gates: list[ExpertGate]) -> None:
+        if any(isinstance(gate, TopKGate | SigmoidGate) and gate.k == 1 for gate in gates):
+            warnings.warn(
+                "Upcycle with k=1: the weight of the chosen expert is always 1, which gives the router no gradient. Take k=2, or "
+                "add gp.RegulateRouters(load_balance=…), whose terms then train it alone",
+                stacklevel=3,
+            )
         causal = [type(m).__name__ for m in module.modules() if type(m).__name__.endswith(("ForCausalLM", "LMHeadModel"))]
-        if causal and self._gate(4).couples_samples:
+        if causal and any(gate.couples_samples for gate in gates):
             warnings.warn(f"the gate sees the whole batch: in {causal[0]} that is a look into the future", stacklevel=3)
 
 
@@ -182,3 +193,17 @@ def _not_one(gate: ExpertGate) -> str:
             f"{gate.experts} is no power of two, and codes beyond it take a part; use {2**gate.bits} experts or renormalize=True"
         )
     return ""
+
+
+def _check_sum(gate: ExpertGate, dim: int) -> None:
+    """Raise ValueError where weights do not sum to 1 on random rows: for gates that :func:`_not_one` does not know."""
+    p = next(gate.parameters(), torch.zeros(()))
+    x = torch.randn(16, dim, generator=torch.Generator().manual_seed(0)).to(p)
+    with torch.no_grad():
+        sums = gate.eval()(x).sum(-1)
+    gate.train()
+    if not torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-5):
+        raise ValueError(
+            f"{gate} cannot take over from a dense layer, as its weights do not sum to 1: on random rows they sum to "
+            f"{float(sums.min()):.3g} … {float(sums.max()):.3g}. Divide them by their sum"
+        )

@@ -13,6 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import gateplug as gp
+from gateplug.moe.routing import ExpertGate, Routing
 from tests.modules import UserModule, digits, loader, trainer
 
 _BERT = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -222,3 +223,103 @@ def test_gates_that_are_not_exact_are_refused_with_the_way_out(arguments: dict[s
     with pytest.raises(ValueError, match=text):
         gp.Upcycle(**arguments)
     gp.Upcycle(gate="dselect_k", experts=6, gate_args={"renormalize": True})
+
+
+class Halves(ExpertGate):
+    """A gate of somebody's own; its weights sum to 1/2."""
+
+    def __init__(self, experts: int, width: int) -> None:
+        super().__init__(experts, experts, width)
+        self.layer = nn.Linear(width, experts)
+
+    def decide(self, rows: Tensor) -> Routing:
+        return Routing(self.layer(rows).softmax(-1) / 2, None, None)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)))
+
+
+def test_a_gate_of_ones_own_whose_weights_do_not_sum_to_1_is_refused_and_nothing_is_changed() -> None:
+    net = small()
+    before = repr(net)
+    with pytest.raises(ValueError, match=r"sum to 0\.5 … 0\.5"):
+        gp.Upcycle(experts=4, gate=Halves).attach(net)
+    assert repr(net) == before
+
+
+@pytest.mark.parametrize("gate", [gp.TopKGate, gp.SigmoidGate, gp.SoftmaxGate, gp.DSelectK])
+def test_a_class_of_gates_chooses_row_by_row_with_k(gate: type[ExpertGate], tmp_path: Path) -> None:
+    net = small()
+    x = torch.randn(20, 8)
+    before = net(x)
+    # as many experts as the rows are wide: an argument in the wrong place would pass unseen
+    gp.Upcycle(experts=8, gate=gate, k=3).attach(net)
+    (mixture,) = (m for m in net.modules() if isinstance(m, gp.MoE))
+    assert not mixture.gate.static
+    assert mixture.gate.k == (8 if gate is gp.SoftmaxGate else 3)
+    assert torch.allclose(net(x), before, atol=1e-6)
+    module = UserModule()
+    t = trainer(tmp_path, callbacks=[gp.Upcycle(experts=4, gate=gate)], max_epochs=1)
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "class.ckpt")
+    loaded = gp.load(tmp_path / "class.ckpt", UserModule())
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), loaded.state_dict().values(), strict=True))
+
+
+def test_a_limit_is_exact_only_while_nothing_is_dropped_and_says_so() -> None:
+    x = torch.randn(50, 8)
+    for factor, exact in ((4.0, True), (0.5, False)):
+        net = small()
+        before = net(x)
+        plug = gp.Upcycle(experts=4, capacity_factor=factor)
+        plug.attach(net)
+        assert torch.allclose(net(x), before, atol=1e-6) == exact
+        assert "exact while nothing is dropped" in plug.describe(net)["1.0"]
+
+
+def test_one_expert_a_row_gives_the_router_no_gradient_and_is_warned_of() -> None:
+    net = small()
+    with pytest.warns(UserWarning, match="gives the router no gradient"):
+        gp.Upcycle(experts=4, k=1).attach(net)
+    (mixture,) = (m for m in net.modules() if isinstance(m, gp.MoE))
+    net(torch.randn(20, 8)).square().sum().backward()
+    assert not mixture.gate.logits.weight.grad.any()
+
+
+def test_a_named_block_of_another_width_that_mixes_rows_is_refused() -> None:
+    class Mixing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.softmax(0)
+
+    class Block(nn.Module):
+        def __init__(self, act: nn.Module) -> None:
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(8, 12), act, nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.act(self.fc1(x)))
+
+    with pytest.raises(gp.PlugError, match="something else with rows"):
+        gp.Upcycle(experts=4, layers="0").attach(nn.Sequential(Block(Mixing())))
+    net, x = nn.Sequential(Block(nn.Mish())), torch.randn(5, 8)
+    before = net(x)
+    gp.Upcycle(experts=4, layers="0").attach(net)
+    assert torch.allclose(net(x), before, atol=1e-6)
+
+
+def test_chosen_experts_keep_a_missing_bias_missing() -> None:
+    block = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8, bias=False))
+    net, x = nn.Sequential(block), torch.randn(5, 8)
+    before = net(x)
+    gp.Upcycle(experts=4, gate=lambda experts, dim: gp.DSelectK(experts, 2)).attach(net)
+    assert torch.allclose(net(x), before, atol=1e-6)
+    assert torch.allclose(gp.fold(net)(x), before, atol=1e-6)
+
+
+def test_gates_of_a_function_disturb_nobodys_random_stream_in_a_causal_model() -> None:
+    net = MODELS["gpt2"][0]()
+    stream = torch.get_rng_state()
+    gp.Upcycle(experts=4, gate=lambda experts, dim: gp.TopKGate(experts, 2, dim)).attach(net)
+    assert torch.equal(torch.get_rng_state(), stream)
