@@ -253,11 +253,11 @@ def main() -> None:
         return
     few = args.quick
     every = {
-        "codes_speedup": lambda: codes(100 if few else 400),
-        "sparse8_speedup": lambda: sparse("sparse8_speedup", 8, 60 if few else 300, "≥ 2.5"),
-        "sparse64_speedup": lambda: sparse("sparse64_speedup", 64, 20 if few else 100, "≥ 10"),
+        "codes_speedup": lambda: codes(60 if few else 400),
+        "sparse8_speedup": lambda: sparse("sparse8_speedup", 8, 50 if few else 300, "≥ 2.5"),
+        "sparse64_speedup": lambda: sparse("sparse64_speedup", 64, 16 if few else 100, "≥ 10"),
         "sparse_memory_saving": lambda: memory(2),
-        "hf_experts_speedup": lambda: hugging_face(200 if few else 800),
+        "hf_experts_speedup": lambda: hugging_face(150 if few else 800),
         "regulate": lambda: regulate(1 if few else 12),
     }
     sys.stdout, shown = open(os.devnull, "w"), sys.stdout  # noqa: SIM115  # plugs print tables at the start of each fit
