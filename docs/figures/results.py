@@ -80,9 +80,9 @@ def measure(task: str, arm: str, seed: int) -> Run:
     return {"arm": arm, "seed": seed, "parameters": parameters, "seconds": round(seconds, 1), **metrics}
 
 
-def stored(new: tuple[str, Run] | None = None) -> dict[str, list[Run]]:
+def stored(new: tuple[str, Run] | None = None, store: Path = STORE) -> dict[str, list[Run]]:
     """All stored runs, with a new one added; two series may run at once."""
-    with STORE.open("a+") as file:
+    with store.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         runs: dict[str, list[Run]] = json.loads(file.read() or "{}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import json
 import os
 import statistics
@@ -27,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import Run, cell, differences, values
+from results import Run, cell, differences, stored, values
 
 HERE = Path(__file__).parent
 STORE = HERE / "results_moe.json"
@@ -136,20 +135,6 @@ def test_data(task: str, seed: int) -> Any:
     return gp.OverlaidImages(images, seed=seed).test_dataloader()
 
 
-def stored(new: tuple[str, Run] | None = None) -> dict[str, list[Run]]:
-    """All stored runs, with a new one added; two series may run at once."""
-    with STORE.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        runs: dict[str, list[Run]] = json.loads(file.read() or "{}")
-        if new is not None:
-            runs.setdefault(new[0], []).append(new[1])
-            file.truncate(0)
-            lines = (f'"{task}": [\n  ' + ",\n  ".join(map(json.dumps, runs[task])) + "\n]" for task in sorted(runs))
-            file.write("{\n" + ",\n".join(lines) + "\n}\n")
-    return runs
-
-
 def table(task: str, runs: Sequence[Run]) -> str:
     """One comparison in Markdown."""
     arms = [arm for arm in ARMS[task] if any(r["arm"] == arm for r in runs)]
@@ -222,17 +207,17 @@ def main() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two series then share two cores
         for seed in args.seeds:
             for arm in ARMS[args.task]:
-                if not any(r["arm"] == arm and r["seed"] == seed for r in stored().get(args.task, [])):
+                if not any(r["arm"] == arm and r["seed"] == seed for r in stored(store=STORE).get(args.task, [])):
                     result = measure(args.task, arm, seed)
-                    stored((args.task, result))
+                    stored((args.task, result), STORE)
                     print(args.task, result, flush=True)
     elif args.command == "draw":
-        draw(stored())
+        draw(stored(store=STORE))
     elif args.command == "cost":
         figure = str(HERE / "moe_experts_cost.png")
         subprocess.run([sys.executable, "tests/benchmarks/moe.py", "--figure", figure], check=True)
     else:
-        for task, runs in stored().items():
+        for task, runs in stored(store=STORE).items():
             print(f"{task}\n\n{table(task, runs)}\n")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from gateplug.core.processes import world_size
 
 
 def keep(out: Tensor, unused: Iterable[nn.Parameter]) -> Tensor:
@@ -14,7 +15,7 @@ def keep(out: Tensor, unused: Iterable[nn.Parameter]) -> Tensor:
     On one process their gradient stays None: an optimizer with weight decay or momentum then leaves them alone. With several,
     one process may have used what another has not, and the reduction of the gradients would wait for ever.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return out
     for p in unused:
         if p.requires_grad:

@@ -16,6 +16,7 @@ from torch import Tensor
 from gateplug.core.figure import heat_map, save
 from gateplug.core.gate import Gate, Openness
 from gateplug.core.plug import Plug
+from gateplug.core.processes import world_size
 from gateplug.core.table import print_table
 
 QUANTITIES = ("openness_mean", "openness_min", "openness_max", "saturation")
@@ -114,8 +115,8 @@ class GateMonitor(Plug):
         """The openness of all gates, over all processes; a gate may have run on some of them only."""
         local = {name: (o.values.float().cpu(), o.axes, o.rows) for name, g in self._gates.items() if (o := g.openness())}
         parts = [local]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            parts = [{} for _ in range(dist.get_world_size())]
+        if (processes := world_size()) > 1:
+            parts = [{} for _ in range(processes)]
             dist.all_gather_object(parts, local)
         found: dict[str, Openness] = {}
         for name in self._gates:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gateplug.core.processes import world_size
 from gateplug.moe.functional import bias_step
 from gateplug.moe.gates import SigmoidGate
 from gateplug.moe.regulate import Regulator
@@ -33,7 +34,7 @@ def move(pairs: list[tuple[Regulator, Tensor]], rate: float) -> None:
     if not loads:
         return
     flat = torch.cat(loads)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(flat)
     with torch.no_grad():
         for (_, bias), load in zip(pairs, torch.split(flat, [len(load) for load in loads]), strict=True):

@@ -17,12 +17,13 @@ from gateplug.core.plug import Plug
 from gateplug.core.select import Layers
 from gateplug.core.table import print_table
 from gateplug.moe.bias import bias_of, move
+from gateplug.moe.families import Adapter
 from gateplug.moe.layers import DSelectK
 from gateplug.moe.own_loss import say_own_loss, watch_calls
 from gateplug.moe.padding import Padding
 from gateplug.moe.possible import kind, named, possible, reason
 from gateplug.moe.regulate import Regulator, Weights
-from gateplug.moe.routers import Adapter, Router, find_routers, no_router
+from gateplug.moe.routers import Router, find_routers, named_by, no_router
 from gateplug.moe.selection import warn_asleep, warn_frozen, warn_unreached
 from gateplug.moe.upcycle import Upcycle
 
@@ -117,12 +118,7 @@ class RegulateRouters(Plug):
     def plan(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterable[Edit]:
         """One regulator on each router."""
         found, _ = find_routers(module, self.adapters)
-        chosen = [r for name, r in found.items() if any(f"{name}.".startswith(f"{layer}.") for layer in layers)]
-        lost = [layer for layer in layers if not any(f"{r.name}.".startswith(f"{layer}.") for r in chosen)]
-        if lost:
-            raise PlugError(
-                f"RegulateRouters finds no router in {listed(lost)}. Routers are: {listed(r.title for r in found.values())}"
-            )
+        chosen = named_by(layers, found, "RegulateRouters")
         asked = Weights(self.load_balance, self.z_loss, self.importance, self.entropy, self.smooth_load)
         allowed = {r.name: possible(r) for r in chosen}
         for term in asked.named():
@@ -143,11 +139,9 @@ class RegulateRouters(Plug):
             return []
         parts = [f"{name} {value:g}" for name, value in weights.named().items()] + [f"bias {self.bias_rate:g}"] * biased
         what = f"{kind(router)}, {router.experts} experts: {', '.join(parts + ['its own terms'] * own)}"
-        tasks = 1 if router.gate is None else router.gate.tasks or 1
         everywhere = self.scope == "global"
-        regulator = Regulator(
-            router.read, router.k, router.title, router.experts, weights, self._padding, tasks, everywhere, counting=biased
-        )
+        reading = (router.read, router.k, router.title, router.experts)
+        regulator = Regulator(*reading, weights, self._padding, router.side, router.tasks, everywhere, counting=biased)
         return [AddGate(router.name, regulator, "regulator", what)]
 
     def describe(self, module: nn.Module) -> dict[str, str]:

@@ -52,10 +52,15 @@ def apply_capacity(assigned: Tensor, scores: Tensor, experts: int, capacity: int
     # sorted by expert, then by who is served first; the place within the expert is the place minus the expert's first place
     flat = assigned.flatten()
     sequence = (flat * (tokens * k) + order).argsort()
-    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    counts = counted(flat, experts)
     first = counts.cumsum(0) - counts
     place = torch.arange(tokens * k, device=flat.device) - first[flat[sequence]]
     return torch.empty_like(flat, dtype=torch.bool).scatter_(0, sequence, place < capacity).view(tokens, k)
+
+
+def counted(expert: Tensor, experts: int) -> Tensor:
+    """How often each expert stands in `expert` (P,) int64: (experts,) int64, without a word to the device."""
+    return torch.zeros(experts, dtype=torch.int64, device=expert.device).scatter_add_(0, expert, torch.ones_like(expert))
 
 
 def sorted_pairs(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +105,7 @@ def expert_mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not known; allowed are {listed(ACTIVATIONS)}")
     token, expert, weight = sorted_pairs(weights)
-    counts = torch.zeros(len(w_in), dtype=torch.int64, device=x.device).scatter_add_(0, expert, torch.ones_like(expert))
+    counts = counted(expert, len(w_in))
     hidden = ACTIVATIONS[activation](grouped_linear(x.index_select(0, token), counts, w_in, b_in))
     out = grouped_linear(hidden, counts, w_out, b_out) * weight[:, None]
     return out.new_zeros(len(x), out.shape[-1]).index_add_(0, token, out)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gateplug.core.compiled import forget_compiled
-from gateplug.core.errors import PlugError, listed
+from gateplug.core.errors import PlugError
 from gateplug.core.plug import Plug
 from gateplug.core.select import Layers, select
 from gateplug.core.table import print_table
@@ -20,9 +20,10 @@ from gateplug.moe.callback import RegulateRouters
 from gateplug.moe.expert_figures import by_layer, by_task, over_time
 from gateplug.moe.expert_history import History
 from gateplug.moe.expert_report import Alarm, read, show, table, task_tables, write
+from gateplug.moe.families import Adapter
 from gateplug.moe.mixture import MultiGateMoE
 from gateplug.moe.padding import Padding
-from gateplug.moe.routers import Adapter, Router, find_routers, no_router
+from gateplug.moe.routers import Router, find_routers, named_by, no_router
 from gateplug.moe.selection import warn_frozen, warn_unreached
 from gateplug.moe.tally import Look, Report, StaticTally, Tally
 
@@ -145,13 +146,7 @@ class ExpertMonitor(Plug):
             layers = select(module, self.routers, {name: r.module for name, r in found.items()})
         except PlugError as error:
             raise PlugError(f"ExpertMonitor: {error}") from None
-        chosen = [r for name, r in found.items() if any(f"{name}.".startswith(f"{layer}.") for layer in layers)]
-        lost = [layer for layer in layers if not any(f"{r.name}.".startswith(f"{layer}.") for r in chosen)]
-        if lost:
-            raise PlugError(
-                f"ExpertMonitor finds no router in {listed(lost)}. Routers: {listed(r.title for r in found.values())}"
-            )
-        return chosen
+        return named_by(layers, found, "ExpertMonitor")
 
     # ------------------------------------------------------------------ batch by batch
 

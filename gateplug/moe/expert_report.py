@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gateplug.core.errors import listed
 from gateplug.core.figure import save
+from gateplug.core.processes import world_size
 from gateplug.moe.tally import Report, StaticTally, Tally
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def read(tallies: Sequence[Tally | StaticTally], device: torch.device) -> dict[s
     summed, fixed = [t for t in tallies if t.reduced], [t for t in tallies if not t.reduced]
     taken = {t.title: t.take(device) for t in (*summed, *fixed)}
     flat = torch.cat([taken[t.title] for t in summed]) if summed else torch.zeros(0, device=device)
-    if len(flat) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if len(flat) and world_size() > 1:
         dist.all_reduce(flat)
     values = torch.cat([flat, *(taken[t.title] for t in fixed)]).cpu().double()
     ends = dict(zip(taken, accumulate(len(part) for part in taken.values()), strict=True))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.moe.functional import expert_capacity, expert_choice, noisy_load
-from gateplug.moe.routing import ExpertGate, Routing, linear
+from gateplug.moe.routing import ExpertGate, Routing, scores
 
 Normalize = Literal["selected", "all"]
 
@@ -33,10 +33,7 @@ class _LogitGate(ExpertGate):
 
     def scores(self, rows: Tensor) -> Tensor:
         """Logits (R, experts) for rows (R, dim); times `tasks`."""
-        if isinstance(self.logits, nn.Linear):
-            return linear(self.logits, rows).reshape(-1, self.experts)
-        h = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
-        return h.reshape(-1, self.experts)
+        return scores(self.logits, rows).reshape(-1, self.experts)
 
     def _routing(self, slots: Tensor, assigned: Tensor, logits: Tensor, load: Tensor | None = None) -> Routing:
         weights = torch.zeros_like(logits).scatter(-1, assigned, slots)
@@ -89,7 +86,7 @@ class TopKGate(_LogitGate):
         if self.noise is None or not self.training:
             slots, assigned = self._chosen(clean)
             return self._routing(slots, assigned, clean)
-        scale = nn.functional.softplus(linear(self.noise, rows))
+        scale = nn.functional.softplus(scores(self.noise, rows))
         noisy = clean + torch.randn_like(clean) * scale
         slots, assigned = self._chosen(noisy)
         return self._routing(slots, assigned, noisy, noisy_load(clean, noisy.detach(), scale, self.k))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gateplug.core.errors import listed
 from gateplug.moe.functional import dselect_k, hard_selection, reachability, selector_entropy, smooth_step
-from gateplug.moe.routing import ExpertGate, Ramp, Routing, linear
+from gateplug.moe.routing import ExpertGate, Ramp, Routing, scores
 
 
 class DSelectK(ExpertGate):
@@ -84,9 +84,7 @@ class DSelectK(ExpertGate):
 
     def codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Logits z `(R, k, m)` and w `(R, k)` for rows `(R, dim)`; R = 1 for a static gate, times `tasks`."""
-        z = linear(self.z, rows) if isinstance(self.z, nn.Linear) else self.z.to(torch.promote_types(self.z.dtype, torch.float32))
-        w = linear(self.w, rows) if isinstance(self.w, nn.Linear) else self.w.to(torch.promote_types(self.w.dtype, torch.float32))
-        return z.reshape(-1, self.k, self.bits), w.reshape(-1, self.k)
+        return scores(self.z, rows).reshape(-1, self.k, self.bits), scores(self.w, rows).reshape(-1, self.k)
 
     def decide(self, rows: Tensor) -> Routing:
         """See :class:`ExpertGate`."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.core.gate import Foldable
-from gateplug.moe.combine import counted, masked, no_rows, pairs, weighted_sum
+from gateplug.moe.combine import no_rows, pairs, weighted_sum
+from gateplug.moe.dispatch import counted, sorted_pairs
 from gateplug.moe.experts import ExpertMLP, Experts, as_experts
-from gateplug.moe.functional import sorted_pairs
-from gateplug.moe.routing import Drop, ExpertGate, Routing
+from gateplug.moe.routing import Drop, ExpertGate, Routing, masked
 
 
 class MoE(Foldable):

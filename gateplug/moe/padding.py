@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gateplug.moe.families import Seen
+from gateplug.moe.routers import Side
+
 
 class Padding:
     """The masks of the batch that is being trained on, shared by all routers of a model.
@@ -39,19 +42,20 @@ class Padding:
         """Forget the batch."""
         self.masks, self.samples = {}, 0
 
-    def of(self, rows: int, side: str, router: str) -> tuple[bool, Tensor | None]:
+    def of(self, seen: Seen, side: Side, router: str, tasks: int = 1) -> tuple[bool, Tensor | None]:
         """Whether rows can be told from padding, and their mask `(rows,)` if there is one.
 
         Args:
-            rows: how many the router sees.
-            side: `encoder` (also the only side of a model) or `decoder`.
+            seen: what the router did.
+            side: of the model.
             router: its name, for the warning.
+            tasks: rows of the router for each row of the batch.
         """
-        mask = self.masks.get(side)
-        if mask is None or rows == self.samples:
+        mask, rows = self.masks.get(side), seen.rows // tasks
+        if seen.masked or mask is None or rows == self.samples:
             return True, None
         if mask.numel() == rows:
-            return True, mask
+            return True, mask if tasks == 1 else mask.repeat_interleave(tasks)
         if not self._warned:
             self._warned = True
             warnings.warn(

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from gateplug.core.gate import Gate
 from gateplug.core.objective import in_backward
+from gateplug.core.processes import world_size
+from gateplug.moe.families import Read, Seen, tapped
 from gateplug.moe.functional import importance
 from gateplug.moe.outputs import carried, replaced
 from gateplug.moe.padding import Padding
-from gateplug.moe.routers import Read, Seen
+from gateplug.moe.routers import Side
+from gateplug.moe.routing import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Regulator(Gate):
         experts: E.
         weights: factors of the terms that apply to this router.
         padding: masks of the running batch.
+        side: of the model, for the padding.
         tasks: choices for each row of the batch.
         everywhere: take f, the number of rows and the importance over all processes.
         counting: keep counts for a bias controller.
@@ -60,6 +64,7 @@ class Regulator(Gate):
         experts: int,
         weights: Weights,
         padding: Padding,
+        side: Side = "encoder",
         tasks: int = 1,
         everywhere: bool = False,
         counting: bool = False,
@@ -67,7 +72,7 @@ class Regulator(Gate):
         super().__init__()
         self.read, self.k, self.name, self.experts, self.weights = read, k, name, experts, weights
         self.padding, self.tasks, self.everywhere, self.counting = padding, tasks, everywhere, counting
-        self.side = "decoder" if "decoder" in name.split(".") else "encoder"
+        self.side = side
         self.values: dict[str, Tensor] = {}
         """Terms of the last batch, without their factors."""
         self.load: Tensor | None = None
@@ -75,18 +80,19 @@ class Regulator(Gate):
         self._calls: list[list[Tensor]] = []
         self._call: list[Tensor] = []
 
+    # looks at values that a graph does not hold (what backward runs, whether a batch was seen): one break, and here
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, out: Any) -> Any:
         """The router's output, unchanged."""
         if not (self.training and (self.injection is not None or self.counting or self.recording)):
             return out
         seen = self.read(out, self.k)
-        known, mask = (True, None) if seen.masked else self.padding.of(seen.rows // self.tasks, self.side, self.name)
-        mask = mask if mask is None or self.tasks == 1 else mask.repeat_interleave(self.tasks)
+        known, mask = self.padding.of(seen, self.side, self.name, self.tasks)
         if not known:
             return out
-        counts = counted(seen, mask, self.experts)
-        if self.recording and seen.assigned is not None:
+        counts = choices(seen, mask, self.experts)
+        # a gate of gateplug shows its openness by itself
+        if self.recording and seen.assigned is not None and self.read is not tapped:
             chosen = counts.new_zeros(seen.rows, self.experts).scatter(-1, seen.assigned, 1.0)
             self.record(chosen if mask is None else chosen[mask])
         if self.counting and not in_backward():
@@ -144,14 +150,15 @@ class Regulator(Gate):
 
     def _everywhere(self, sums: Tensor) -> tuple[Tensor, int]:
         """Sums over all processes if asked for, and their number. A recomputed layer takes what its first run got."""
-        if not (self.everywhere and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        processes = world_size() if self.everywhere else 1
+        if processes == 1:
             return sums, 1
         if in_backward():  # no exchange amid that of the gradients
-            return self._call.pop(0), dist.get_world_size()
+            return self._call.pop(0), processes
         total = sums.clone()
         dist.all_reduce(total)
         self._call.append(total)
-        return total, dist.get_world_size()
+        return total, processes
 
     def _enter(self) -> None:
         """Begin a call; the last call of a forward is the first to be recomputed in backward."""
@@ -170,7 +177,7 @@ class Regulator(Gate):
         return layer
 
 
-def counted(seen: Seen, mask: Tensor | None, experts: int) -> Tensor:
+def choices(seen: Seen, mask: Tensor | None, experts: int) -> Tensor:
     """(E,) float: rows that chose each expert, before any were dropped; padding left out."""
     with torch.no_grad():
         if seen.assigned is None:
@@ -200,7 +207,7 @@ def logit_terms(
     Returns:
         The terms without factors, and the gradient (T, E) of the weighted sum with respect to `x`, None where there is no term.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     row = share if mask is None else mask * share
     row = row.to(x.dtype).expand(len(x))
     g = f.to(x.dtype) * x.shape[-1]

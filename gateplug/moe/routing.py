@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -137,11 +138,11 @@ class ExpertGate(Gate):
         if self.static:
             weights = self.route(rows).weights.reshape(tail).expand(*lead, *tail)
             return weights if mask is None else weights * mask.reshape(*lead, *[1] * len(tail))
-        if mask is None:
-            return self.route(rows).weights.reshape(*lead, *tail)
-        taking = mask.reshape(-1).nonzero().squeeze(-1)
-        weights = self.route(rows.index_select(0, taking), masked=True).weights.reshape(-1, *tail)
-        return weights.new_zeros(len(rows), *tail).index_copy(0, taking, weights).reshape(*lead, *tail)
+
+        def run(rows: Tensor, _: Tensor, without_padding: bool) -> Tensor:
+            return self.route(rows, masked=without_padding).weights.reshape(-1, *tail)
+
+        return masked(rows, rows, mask, run).reshape(*lead, *tail)
 
     def route(self, rows: Tensor, capacity_factor: float | None = None, drop: Drop = "position", masked: bool = False) -> Routing:
         """Decide for rows `(R, dim)`, all of which count; a static gate decides once, whatever the rows.
@@ -155,7 +156,7 @@ class ExpertGate(Gate):
         if self.dim is not None and rows.shape[-1] != self.dim:
             raise ValueError(f"{self._named()} takes rows of width {self.dim}, and got {tuple(rows.shape)}")
         with torch.autocast(rows.device.type, enabled=False):
-            routing = self.decide(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+            routing = self.decide(at_least_float32(rows))
             self._check_finite(routing)
             if capacity_factor is not None:
                 routing = self._limited(routing, capacity_factor, drop)
@@ -182,7 +183,7 @@ class ExpertGate(Gate):
 
     def decide(self, rows: Tensor) -> Routing:
         """The gate itself: rows `(R, dim)`, in float32 or more, to a routing of R rows (1 or `tasks` rows when static)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define decide(rows) -> Routing")
 
     def check_capacity(self, factor: float) -> None:
         """Raise ValueError where a capacity has no meaning."""
@@ -217,7 +218,25 @@ class ExpertGate(Gate):
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-def linear(layer: nn.Linear, rows: Tensor) -> Tensor:
-    """`layer(rows)` in the precision of the rows, whatever the layer's own: `(R, dim)` to `(R, n)`."""
-    bias = None if layer.bias is None else layer.bias.to(rows.dtype)
-    return nn.functional.linear(rows, layer.weight.to(rows.dtype), bias)
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def scores(part: nn.Parameter | nn.Linear, rows: Tensor) -> Tensor:
+    """What a gate reads its choice from: a linear layer of the rows, in their precision; or parameters, whatever the rows."""
+    if isinstance(part, nn.Parameter):
+        return at_least_float32(part)
+    bias = None if part.bias is None else part.bias.to(rows.dtype)
+    return nn.functional.linear(rows, part.weight.to(rows.dtype), bias)
+
+
+def masked(items: Tensor, rows: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
+    """`run(items, rows, without_padding)` on the rows that the mask leaves, and zeros for the others."""
+    if mask is None:
+        return run(items, rows, False)
+    if mask.numel() != len(rows):
+        raise ValueError(f"a mask of shape {tuple(mask.shape)} does not go with {len(rows)} rows")
+    taking = mask.reshape(-1).nonzero().squeeze(-1)
+    y = run(items.index_select(0, taking), rows.index_select(0, taking), True)
+    return y.new_zeros(len(items), *y.shape[1:]).index_copy(0, taking, y)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.core.objective import in_backward
+from gateplug.moe.families import Seen, switch
 from gateplug.moe.functional import load_statistics
 from gateplug.moe.layers import DSelectK
 from gateplug.moe.padding import Padding
-from gateplug.moe.regulate import counted
-from gateplug.moe.routers import Router, Seen, switch
-from gateplug.moe.routing import ExpertGate, Routing
+from gateplug.moe.regulate import choices
+from gateplug.moe.routers import Router
+from gateplug.moe.routing import ExpertGate, Routing, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Tally:
     def __init__(self, router: Router, padding: Padding, group: str | None = None) -> None:
         gate = router.gate
         self.router, self.padding, self.group = router, padding, group
-        self.experts, self.tasks = router.experts, 1 if gate is None else gate.tasks or 1
+        self.experts, self.tasks = router.experts, router.tasks
         self.chooses = gate is None or not gate.couples_samples
         # a selector that has not decided yet has no expert of its own, and a dense gate has all: their load is the weight
         self.weighted = gate is not None and self.chooses and (isinstance(gate, DSelectK) or gate.k == gate.experts)
@@ -73,7 +74,6 @@ class Tally:
         self.limits = router.read is switch if gate is None else gate.limits
         self.columns = ["rows", "confidence", "entropy"]
         self.columns += ["limited", "dropped"] * self.limits + ["used", "unserved"] * self.counts_used + ["frozen"] * self.selects
-        self.side = "decoder" if "decoder" in router.name.split(".") else "encoder"
         self.on = False
         self.sums: Tensor | None = None
 
@@ -95,15 +95,14 @@ class Tally:
     def add(self, out: Any) -> None:
         """Add one call of the router, whose output is `out`."""
         seen = self.router.read(out, self.router.k)
-        known, mask = (True, None) if seen.masked else self.padding.of(seen.rows // self.tasks, self.side, self.title)
+        known, mask = self.padding.of(seen, self.router.side, self.title, self.tasks)
         if not known:
             return
-        mask = mask.repeat_interleave(self.tasks) if mask is not None and self.tasks > 1 else mask
         with torch.no_grad():
             table = self._table(seen, out)
             table = table if mask is None else torch.where(mask, table, 0)
             received = self._received(seen, out, mask)
-            chosen = received.sum(0) if self.weighted else counted(seen, mask, self.experts)
+            chosen = received.sum(0) if self.weighted else choices(seen, mask, self.experts)
             sums = torch.cat([chosen, received.flatten(), table.sum(-1)])
             # counts go beyond the 2²⁴ of float32
             self.sums = wide(sums) if self.sums is None else self.sums.add_(sums)
@@ -142,7 +141,7 @@ class Tally:
     def _table(self, seen: Seen, out: Any) -> Tensor:
         """(columns, T)."""
         scores = seen.scores.detach().T  # (E, T): with few experts a softmax over the last dimension is slow
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = at_least_float32(scores)
         p = scores.softmax(0) if seen.logits is not None else distribution(scores, 0)
         confidence = p.amax(0)
         columns = [torch.ones_like(confidence), confidence, -(p.clamp_min(1e-30).log_() * p).sum(0)]

@@ -1,5 +1,6 @@
 """Metrics over the samples that have a label. Their updates read no value back from a GPU, as indexing by a mask would."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
@@ -18,6 +19,7 @@ class Masked(Metric):
 
     full_state_update = False
 
+    @abstractmethod
     def update(self, predictions: Tensor, labels: Tensor, valid: Tensor) -> None:
         """Add a batch.
 
@@ -26,7 +28,6 @@ class Masked(Metric):
             labels: ``(…)`` or ``(…, outputs)``, any finite number where there is none.
             valid: ``(…)`` bool.
         """
-        raise NotImplementedError
 
 
 class MaskedMean(Masked):
@@ -40,9 +41,9 @@ class MaskedMean(Masked):
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
+    @abstractmethod
     def values(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """The number ``(…)`` of every sample, or ``(…, outputs)`` of which the mean is taken."""
-        raise NotImplementedError
 
     def update(self, predictions: Tensor, labels: Tensor, valid: Tensor) -> None:
         """Add a batch."""

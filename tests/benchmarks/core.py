@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from rounds import Line, arguments, compare, line, report
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -72,14 +72,24 @@ Callbacks = Callable[[], Sequence[Any]]
 """Makes the callbacks of one training."""
 
 
-def fit(baton: Baton, side: int, callbacks: Sequence[Any], logger: Any, steps: int) -> list[float]:
-    """Train a small vision transformer; the CPU seconds of each step, from batch start to batch start."""
-    import lightning as L
+Training = Callable[[], tuple[nn.Module, Any, Callable[[nn.Module, Any], Tensor]]]
+"""Makes what is trained: network, batch, and the loss of both."""
 
+
+def vision() -> tuple[nn.Module, Any, Callable[[nn.Module, Any], Tensor]]:
+    """A small vision transformer on random digits."""
     import gateplug as gp
 
     config = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64, "num_hidden_layers": 4}
     config |= {"num_attention_heads": 4, "intermediate_size": 192}
+    batch = (torch.rand(64, 1, 8, 8), torch.randint(0, 10, (64,)))
+    return gp.hf_model("vit", num_labels=10, config=config), batch, lambda net, b: F.cross_entropy(net(b[0]).logits, b[1])
+
+
+def fit(baton: Baton, side: int, callbacks: Sequence[Any], logger: Any, steps: int, training: Training) -> list[float]:
+    """Train; the CPU seconds of each step, from batch start to batch start."""
+    import lightning as L
+
     times: list[float] = []
 
     class Own(L.LightningModule):
@@ -87,7 +97,7 @@ def fit(baton: Baton, side: int, callbacks: Sequence[Any], logger: Any, steps: i
 
         def __init__(self) -> None:
             super().__init__()
-            self.net = gp.hf_model("vit", num_labels=10, config=config)
+            self.net = net
             self.start = 0.0
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -98,7 +108,7 @@ def fit(baton: Baton, side: int, callbacks: Sequence[Any], logger: Any, steps: i
             self.start = time.thread_time()
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return F.cross_entropy(self.net(batch[0]).logits, batch[1])
+            return loss(self.net, batch)
 
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters())
@@ -106,7 +116,7 @@ def fit(baton: Baton, side: int, callbacks: Sequence[Any], logger: Any, steps: i
     baton.take(side)
     try:
         torch.manual_seed(0)
-        batch = (torch.rand(64, 1, 8, 8), torch.randint(0, 10, (64,)))
+        net, batch, loss = training()
         trainer = L.Trainer(
             accelerator="cpu",
             max_epochs=1,
@@ -122,7 +132,9 @@ def fit(baton: Baton, side: int, callbacks: Sequence[Any], logger: Any, steps: i
     return times
 
 
-def in_turns(ours: Callbacks, peer: Callbacks, logger: Callable[[], Any], steps: int) -> tuple[float, float]:
+def in_turns(
+    ours: Callbacks, peer: Callbacks, logger: Callable[[], Any], steps: int, training: Training = vision
+) -> tuple[float, float]:
     """One round: mean seconds of a step of (ours, peer), from two pairs of trainings with the sides exchanged.
 
     Two equal trainings differ by up to 3 % as long as they live, by where their memory lies and by who comes first; the exchange
@@ -133,7 +145,7 @@ def in_turns(ours: Callbacks, peer: Callbacks, logger: Callable[[], Any], steps:
         baton = Baton()
         with ThreadPoolExecutor(2) as threads:
             made = [(ours, peer)[which]() for which in order]
-            sides = [threads.submit(fit, baton, i, callbacks, logger(), steps + 2) for i, callbacks in enumerate(made)]
+            sides = [threads.submit(fit, baton, i, callbacks, logger(), steps + 2, training) for i, callbacks in enumerate(made)]
             for which, side in zip(order, sides, strict=True):
                 total[which] += sum(side.result()[2:]) / steps / 2
     return total[0], total[1]

@@ -17,21 +17,17 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from core import Baton
+from core import in_turns
 from glu import kept_bytes, step
 from lightning.pytorch.loggers import TensorBoardLogger
 from rounds import Line, compare, line, report, seconds
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import gateplug as gp
 from gateplug.moe.functional import selector_codes, smooth_step
@@ -145,42 +141,11 @@ def hugging_face(rounds: int) -> Line:
     )
 
 
-def fit(baton: Baton, side: int, callbacks: Sequence[Any], logger: Any, steps: int) -> list[float]:
-    """Train a tiny Mixtral; the CPU seconds of each step, from batch start to batch start."""
-    times: list[float] = []
-
-    class Own(L.LightningModule):
-        """A person's own module; this hook comes after those of all callbacks."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = mixtral(hidden_size=128, intermediate_size=256, num_hidden_layers=2)
-            self.start = 0.0
-
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            if batch_idx:
-                times.append(time.thread_time() - self.start)
-            baton.give(side)
-            baton.take(side)
-            self.start = time.thread_time()
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.net(**batch).loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters())
-
-    baton.take(side)
-    try:
-        torch.manual_seed(0)
-        ids = torch.randint(3, 64, (16, 64))
-        batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=list(callbacks), logger=logger, **quiet)
-        trainer.fit(Own(), DataLoader([batch] * (steps + 1), batch_size=None))
-    finally:
-        baton.give(side)
-    return times
+def language() -> tuple[nn.Module, Any, Callable[[nn.Module, Any], Tensor]]:
+    """A tiny Mixtral on random tokens."""
+    ids = torch.randint(3, 64, (16, 64))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    return mixtral(hidden_size=128, intermediate_size=256, num_hidden_layers=2), batch, lambda net, b: net(**b).loss
 
 
 def regulate(rounds: int, steps: int = 50) -> Line:
@@ -189,20 +154,8 @@ def regulate(rounds: int, steps: int = 50) -> Line:
     def ours() -> list[Any]:
         return [gp.RegulateRouters(load_balance=0.01, z_loss=1e-3), gp.ExpertMonitor(every_n_steps=steps)]
 
-    pairs = []
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            total = [0.0, 0.0]
-            for order in ((0, 1), (1, 0)):
-                baton = Baton()
-                with ThreadPoolExecutor(2) as threads:
-                    sides = [
-                        threads.submit(fit, baton, i, (ours, list)[who](), TensorBoardLogger(folder), steps + 2)
-                        for i, who in enumerate(order)
-                    ]
-                    for who, side in zip(order, sides, strict=True):
-                        total[who] += sum(side.result()[2:]) / steps / 2
-            pairs.append((total[0], total[1]))
+        pairs = [in_turns(ours, list, lambda: TensorBoardLogger(folder), steps, language) for _ in range(rounds)]
     return line("regulate", "step with both plugs vs without, Mixtral d=128, 2 layers", pairs, "≤ 1.05")
 
 

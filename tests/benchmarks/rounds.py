@@ -78,11 +78,11 @@ def line(key: str, what: str, pairs: Sequence[tuple[float, float]], goal: str) -
 
 def report(lines: list[Line]) -> None:
     """Print the table, the versions, and the result as one JSON object in the last entry."""
-    print(f"{'key':<17}{'what':<56}{'ours':>11}{'peer':>11}   {'ratio: median [min … max]':<27}{'rounds':>6}  goal")
+    print(f"{'key':<21}{'what':<56}{'ours':>11}{'peer':>11}   {'ratio: median [min … max]':<27}{'rounds':>6}  goal")
     for entry in lines:
         spread = f"{entry.ratio:.3f} [{min(entry.ratios):.3f} … {max(entry.ratios):.3f}]"
         print(
-            f"{entry.key:<17}{entry.what:<56}{_amount(entry.ours, entry.key):>11}{_amount(entry.peer, entry.key):>11}   "
+            f"{entry.key:<21}{entry.what:<56}{_amount(entry.ours, entry.key):>11}{_amount(entry.peer, entry.key):>11}   "
             f"{spread:<27}{len(entry.ratios):>6}  {entry.goal}"
         )
     import torch

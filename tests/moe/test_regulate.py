@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import gateplug as gp
@@ -478,3 +479,35 @@ def test_routers_in_eval_mode_are_pointed_out(tmp_path: Path) -> None:
     module.net.eval()
     with pytest.warns(UserWarning, match="are in eval mode"):
         trainer(tmp_path, max_steps=1, callbacks=[gp.RegulateRouters(load_balance=0.1)]).fit(module, loader())
+
+
+def test_a_decoder_alone_has_the_padding_of_its_inputs_and_not_of_its_labels() -> None:
+    config = hf.OPTConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
+        word_embed_proj_dim=16, dropout=0.0,
+    )  # fmt: skip
+    net = hf.OPTForCausalLM(config).train()
+    gp.Upcycle(experts=4).attach(net)
+    plug = gp.RegulateRouters(z_loss=1.0)
+    plug.attach(net)
+    batch = ids()
+    values = []
+    for prompt in (0, 3):  # labels of a prompt are not learnt, and its tokens are routed all the same
+        batch["labels"][:, :prompt] = -100
+        plug._padding.read(batch)
+        net(**batch)
+        values.append(plug.table())
+    assert values[0] == values[1]
+    assert list(values[0]) == ["model.decoder.layers.0.fc1.gate"]
+
+
+def test_a_gate_under_both_plugs_is_shown_once(tmp_path: Path) -> None:
+    module, monitor = UserModule(MoENet(gp.TopKGate(4, 2, 16))), gp.GateMonitor(every_n_steps=1)
+    seen: dict[str, Any] = {}
+
+    class Look(L.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.update(monitor._last)
+
+    trainer(tmp_path, max_steps=2, callbacks=[gp.RegulateRouters(z_loss=0.1), monitor, Look()]).fit(module, loader())
+    assert list(seen) == ["net.layers.0.gate"]
