@@ -70,6 +70,7 @@ CASES: dict[str, Case] = {
         bad=[
             ({"experts": 1}, ValueError, "at least 2"),
             ({"experts": 4.0}, TypeError, "whole numbers"),
+            ({"experts": True}, TypeError, "whole numbers"),
             ({"k": 0}, ValueError, "1 … 8"),
             ({"k": 9}, ValueError, "1 … 8"),
             ({"gate": "topk"}, ValueError, "Did you mean 'top_k'"),

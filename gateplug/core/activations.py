@@ -49,14 +49,15 @@ ATTRIBUTES = ("activation", "act", "act_fn", "activation_fn", "intermediate_act_
 def activation_name(activation: object) -> str | None:
     """Name the function that `activation` computes, or None if it is none of `ACTIVATIONS`.
 
-    It is called on 65 numbers in [-4, 4] in float64 and compared to 1e-6, so the exact and the tanh form of GELU (apart by
-    5e-4) are told apart. Anything that fails on a vector of numbers, or answers with something else, has no name.
+    It is called on 65 numbers in [-4, 4.5] in float64 and compared to 1e-6, so the exact and the tanh form of GELU (apart by
+    5e-4) are told apart; their mean is not zero, so what centres its input does not pass. Anything that fails on a vector of
+    numbers, or answers with something else, has no name.
     """
     if not callable(activation):
         return None
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         return None
-    x = torch.linspace(-4.0, 4.0, 65, dtype=torch.float64)
+    x = torch.linspace(-4.0, 4.5, 65, dtype=torch.float64)
     try:
         # whatever is tried here (a dropout in training mode …), the caller's random stream stays where it is
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -81,7 +81,7 @@ class Upcycle(Plug):
             raise ValueError(f"gate={gate!r} is not known.{nearest(gate, GATES)} Allowed are {listed(GATES)}, or a function")
         if not isinstance(gate, str) and not callable(gate):
             raise TypeError(f"gate={gate!r} must be one of {listed(GATES)}, or a function (experts, dim) -> gate")
-        if not isinstance(experts, int) or not isinstance(k, int):
+        if type(experts) is not int or type(k) is not int:
             raise TypeError(f"experts={experts!r} and k={k!r} must be whole numbers")
         if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):
             raise ValueError(

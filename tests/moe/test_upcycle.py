@@ -13,6 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import gateplug as gp
+from gateplug.core.activations import activation_name
 from gateplug.moe.routing import ExpertGate, Routing
 from tests.modules import UserModule, digits, loader, trainer
 
@@ -323,3 +324,8 @@ def test_gates_of_a_function_disturb_nobodys_random_stream_in_a_causal_model() -
     stream = torch.get_rng_state()
     gp.Upcycle(experts=4, gate=lambda experts, dim: gp.TopKGate(experts, 2, dim)).attach(net)
     assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_a_function_that_centres_its_input_is_not_taken_for_the_one_inside() -> None:
+    assert activation_name(torch.relu) == "relu"
+    assert activation_name(lambda x: torch.relu(x - x.mean(0))) is None
