@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
+from uuid import uuid4
 
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ class Attachable:
         arguments = encode(self.arguments())
         if found is not None:
             # a lambda can be told from another one only by the plug that holds it
-            if found.arguments != arguments or (has_lost(arguments) and found.owner != id(self)):
+            if found.arguments != arguments or (has_lost(arguments) and found.owner != self._identity):
                 raise PlugError(
                     f"the model carries {found.plug}({spelled(found.arguments)}) already; "
                     f"call detach(module) on it before attaching {spelled(arguments)}"
@@ -90,7 +91,7 @@ class Attachable:
             raise PlugError(self.nothing(module) + (f". {listed(before)} changed this model before" if before else ""))
         flags = {e.slot: e for layer in {e.layer for e in plan} for e in without_fast_path(module, layer)}
         plan += [flags[slot] for slot in sorted(flags)]
-        records.apply(module, type(self).__name__, self.state_key, arguments, id(self), plan)
+        records.apply(module, type(self).__name__, self.state_key, arguments, self._identity, plan)
         self._settle(module)
 
     def detach(self, module: nn.Module) -> None:
@@ -156,6 +157,12 @@ class Attachable:
             self._injection = self._injection or Injection()
             for gate in self.gates(module).values():
                 gate.injection = self._injection
+
+    @property
+    def _identity(self) -> int:
+        """Tells this plug from any other, also from one that came to lie where it lay in memory: no `id()`."""
+        identity: int = self.__dict__.setdefault("_identity_number", uuid4().int)
+        return identity
 
     def _found(self, module: nn.Module) -> Record | None:
         return next((found for found in all_records(module) if found.key == self.state_key), None)
