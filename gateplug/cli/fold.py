@@ -112,12 +112,30 @@ def _export(net: nn.Module, checkpoint: dict[str, Any], out: Path) -> None:
         # Two samples: torch.export takes a size of 1 for a constant.
         args, kwargs = build_example(example, batch=2)
         net.register_forward_hook(_plain_output)
+        _name_arguments(net, kwargs)
         names = inspect.signature(net.forward).bind(*args, **kwargs).arguments
         shapes = {name: _free_batch(value) for name, value in names.items()}
         program = torch.export.export(net, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export has no one exception of its own
         raise UserError(f"torch.export refuses the network: {type(error).__name__}: {error}") from error
     torch.export.save(program, out)
+
+
+def _name_arguments(net: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Say which keywords a ``forward(*args, **kwargs)`` takes: torch.export cannot give their shapes otherwise."""
+    plain = net.forward
+    declared = inspect.signature(plain).parameters.values()
+    if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in declared):
+        return
+
+    def forward(*args: Any, **named: Any) -> Any:
+        return plain(*args, **named)
+
+    kept = [parameter for parameter in declared if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = {parameter.name for parameter in kept}
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name not in known]
+    forward.__signature__ = inspect.Signature([*kept, *more])  # type: ignore[attr-defined]
+    net.forward = forward
 
 
 def _free_batch(value: Any) -> Any:

@@ -12,6 +12,8 @@ from gateplug.cli import main
 from gateplug.cli.record import build_example, describe
 from tests.cli.shared import LAST, RUNS, fit
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
 
 def test_plugs_lists_every_public_plug(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
@@ -56,6 +58,19 @@ def test_fold_writes_what_was_trained_and_overwrites_nothing(here, capsys):
     assert "out/config.json would be overwritten" in capsys.readouterr().err
     assert Path("out/config.json").read_bytes() == before
     assert main(["fold", LAST, "out/net.safetensors", "--overwrite"]) == 0
+
+
+def test_several_tasks_fold_into_one_exported_program(here):
+    """Their forward takes any keywords."""
+    recipe = RECIPES / "dselectk_synthetic128.yaml"
+    less = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    assert main(["fit", "-c", str(recipe), *less, "--trainer.callbacks+=tests.cli.shared.Counted"]) == 0
+    x = torch.rand(5, 10)
+    expected = RUNS[0].trainer.lightning_module.eval()(x)["y"]
+    (checkpoint,) = Path("runs").rglob("last.ckpt")
+    assert main(["fold", str(checkpoint), "out/net.pt2"]) == 0
+    exported = torch.export.load("out/net.pt2").module()
+    torch.testing.assert_close(exported(x=x)["y"], expected, rtol=0, atol=1e-6)
 
 
 def test_an_example_is_described_without_its_data_and_built_again():
