@@ -97,8 +97,10 @@ def _write_weights(net: nn.Module, checkpoint: dict[str, Any], weights: Path, co
 
 
 def _plain_output(net: nn.Module, args: Any, output: Any) -> Any:
-    """Give a Hugging Face output as a plain dict: an exported program then loads without transformers."""
-    return {k: v for k, v in output.items() if v is not None} if isinstance(output, Mapping) else output
+    """Give a Hugging Face output as a plain dict, without its cache: an exported program then loads without transformers."""
+    if not isinstance(output, Mapping):
+        return output
+    return {key: value for key, value in output.items() if isinstance(value, (torch.Tensor, tuple, list, dict))}
 
 
 def _export(net: nn.Module, checkpoint: dict[str, Any], out: Path) -> None:
@@ -119,6 +121,10 @@ def _export(net: nn.Module, checkpoint: dict[str, Any], out: Path) -> None:
     except Exception as error:  # torch.export has no one exception of its own
         raise UserError(f"torch.export refuses the network: {type(error).__name__}: {error}") from error
     torch.export.save(program, out)
+    called = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    foreign = sorted(str(operator) for operator in called if operator.namespace not in ("aten", "prim", "prims"))
+    if foreign:
+        print(f"{out} calls {', '.join(foreign)}: import what defines it before `torch.export.load`.")
 
 
 def _name_arguments(net: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -73,6 +73,22 @@ def test_several_tasks_fold_into_one_exported_program(here):
     torch.testing.assert_close(exported(x=x)["y"], expected, rtol=0, atol=1e-6)
 
 
+def test_an_exported_mixture_has_no_cache_and_says_what_it_needs(here, capsys):
+    recipe = RECIPES / "moe_router_text.yaml"
+    less = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+    assert main(["fit", "-c", str(recipe), *less]) == 0
+    (checkpoint,) = Path("runs").rglob("last.ckpt")
+    capsys.readouterr()
+    assert main(["fold", str(checkpoint), "out/net.pt2"]) == 0
+    assert "calls transformers.grouped_mm_fallback.default: import what defines it" in capsys.readouterr().out
+    exported = torch.export.load("out/net.pt2").module()
+    folded = gp.fold(gp.load(checkpoint)).eval()
+    inputs = {"input_ids": torch.arange(3 * 128).view(3, 128) % 50, "attention_mask": torch.ones(3, 128, dtype=torch.int64)}
+    output = exported(**inputs)
+    assert list(output) == ["logits"]
+    torch.testing.assert_close(output["logits"], folded(**inputs).logits, rtol=0, atol=1e-5)
+
+
 def test_an_example_is_described_without_its_data_and_built_again():
     form = {"args": [describe([torch.rand(4, 2), None])], "kwargs": {"ids": describe(torch.zeros(4, 3).long()), "k": describe(2)}}
     args, kwargs = build_example(form, batch=1)
