@@ -9,23 +9,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from gateplug.cli.errors import UserError
+from gateplug.cli.errors import SET_UP_ERRORS, UserError, in_words
 from gateplug.cli.explain import config_files, explain
 from gateplug.cli.names import short_function_names
 from gateplug.cli.record import Record
 from gateplug.cli.report import show_result
-from gateplug.core import PlugError
 from gateplug.core.resume import ExactResume
 
 STAGES = ("fit", "validate", "test", "predict")
 # Errors that say what to correct, when they come before the first batch.
-SET_UP_ERRORS = (PlugError, ValueError, TypeError, FileNotFoundError, MisconfigurationException)
 NOISE = (
     ".*does not have many workers.*",
     ".*LeafSpec.*",
@@ -55,29 +52,13 @@ def run(args: list[str]) -> None:
     except UserError:
         raise
     except Exception as error:
-        if "Tried to step" in str(error):  # OneCycleLR, whose length is in the checkpoint
-            raise UserError(
-                f"The learning rate schedule has ended: {error} A run that is continued from a checkpoint keeps the length of its"
-                " schedule. Give the whole length (trainer.max_epochs) from the start, or begin a new run from the weights."
-            ) from error
-        if _can_be_corrected(error, record.started):
-            raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
+        if text := in_words(error, record.started):
+            raise UserError(text) from error
         raise
 
 
 def _no_tips(record: logging.LogRecord) -> bool:
     return "💡" not in record.getMessage()  # advertisements
-
-
-def _can_be_corrected(error: Exception, started: bool) -> bool:
-    """Whether the text of an error is enough: it is about the set-up, or gateplug's own code wrote it for the person."""
-    if isinstance(error, PlugError):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    origin = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
-    return isinstance(error, SET_UP_ERRORS) and (not started or origin.startswith("gateplug."))
 
 
 def _last_checkpoint() -> ModelCheckpoint:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any
 
 
 class PlugError(RuntimeError):
@@ -23,3 +25,17 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     """Say which allowed names look like `given`: ` Did you mean 'x'?`, or nothing when none does."""
     close = get_close_matches(given, list(allowed), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def whole_numbers(**given: Any) -> None:
+    """Raise TypeError for an argument that is no whole number."""
+    for name, value in given.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}, and must be a whole number")
+
+
+def real_numbers(**given: Any) -> None:
+    """Raise TypeError for an argument that is no number."""
+    for name, value in given.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}, and must be a number")

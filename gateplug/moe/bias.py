@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,19 +25,37 @@ def bias_of(router: nn.Module) -> Tensor | None:
     return None
 
 
-def move(pairs: list[tuple[Regulator, Tensor]], rate: float) -> None:
+@dataclass
+class Balanced:
+    """A router whose bias is moved."""
+
+    name: str
+    regulator: Regulator
+    bias: Tensor
+    exact: Tensor | None = None
+    """The bias in float32, where the model holds it in half precision: many steps are smaller than what that can tell apart."""
+
+
+def move(routers: list[Balanced], rate: float) -> None:
     """Move each bias by `rate` towards balance, by the counts of the whole step on all processes, which are then forgotten.
 
     A layer that saw no rows on any process stays as it is.
     """
-    loads = [r.load if r.load is not None else bias.new_zeros(bias.numel(), dtype=torch.float32) for r, bias in pairs]
-    for regulator, _ in pairs:
-        regulator.load = None
+    loads = [
+        r.regulator.load if r.regulator.load is not None else r.bias.new_zeros(r.bias.numel(), dtype=torch.float32)
+        for r in routers
+    ]
+    for r in routers:
+        r.regulator.load = None
     if not loads:
         return
     flat = torch.cat(loads)
     if world_size() > 1:
         dist.all_reduce(flat)
     with torch.no_grad():
-        for (_, bias), load in zip(pairs, torch.split(flat, [len(load) for load in loads]), strict=True):
-            bias.copy_(bias_step(bias.flatten().to(load.dtype), load, rate).view_as(bias))
+        for r, load in zip(routers, torch.split(flat, [len(load) for load in loads]), strict=True):
+            before = r.bias if r.exact is None else r.exact.to(r.bias.device)
+            after = bias_step(before.flatten().to(load.dtype), load, rate).view_as(r.bias)
+            if r.bias.dtype.itemsize < load.dtype.itemsize:
+                r.exact = after
+            r.bias.copy_(after)

@@ -11,20 +11,21 @@ from torch.utils.hooks import RemovableHandle
 
 from gateplug.core.edit import AddGate, Edit
 from gateplug.core.errors import PlugError, listed
-from gateplug.core.gate import Gate
 from gateplug.core.optim import GroupOptions
 from gateplug.core.plug import Plug
 from gateplug.core.select import Layers
 from gateplug.core.table import print_table
-from gateplug.moe.bias import bias_of, move
+from gateplug.moe.bias import Balanced, bias_of, move
 from gateplug.moe.families import Adapter
 from gateplug.moe.layers import DSelectK
 from gateplug.moe.own_loss import say_own_loss, watch_calls
 from gateplug.moe.padding import Padding
-from gateplug.moe.possible import kind, named, possible, reason
-from gateplug.moe.regulate import Regulator, Weights
+from gateplug.moe.possible import done, named, possible, reason
+from gateplug.moe.regulate import Regulator
 from gateplug.moe.routers import Router, find_routers, named_by, no_router
-from gateplug.moe.selection import warn_asleep, warn_frozen, warn_unreached
+from gateplug.moe.routing import ExpertGate
+from gateplug.moe.selection import warn_ahead, warn_asleep, warn_frozen, warn_unreached
+from gateplug.moe.terms import Weights
 from gateplug.moe.upcycle import Upcycle
 
 
@@ -94,8 +95,9 @@ class RegulateRouters(Plug):
         self._padding = Padding()
         self._steps, self._seen = 0, 0
         self._regulators: dict[str, Regulator] = {}
-        self._biased: list[tuple[Regulator, Tensor]] = []
-        self._ramped: list[DSelectK] = []
+        self._biased: list[Balanced] = []
+        self._exact: dict[str, Tensor] = {}  # biases of a checkpoint
+        self._selectors: dict[str, DSelectK] = {}
         self._handles: list[RemovableHandle] = []
 
     # ------------------------------------------------------------------ what is attached
@@ -110,10 +112,8 @@ class RegulateRouters(Plug):
         if not found:
             return f"RegulateRouters {no_router(module, left)}"
         names = listed(r.title for r in found.values())
-        return (
-            f"RegulateRouters with routers={self.routers!r} has nothing to do for {names}: give a factor, e.g. "
-            "load_balance=0.01, z_loss=0.001 or bias_rate=0.001"
-        )
+        todo = "give a factor, e.g. load_balance=0.01, z_loss=0.001 or bias_rate=0.001"
+        return f"RegulateRouters with routers={self.routers!r} has nothing to do for {names}: {todo}"
 
     def plan(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterable[Edit]:
         """One regulator on each router."""
@@ -134,42 +134,44 @@ class RegulateRouters(Plug):
     def _edit(self, router: Router, asked: Weights, allowed: set[str]) -> list[Edit]:
         weights = Weights(**{name: value for name, value in asked.named().items() if name in allowed})
         biased = bool(self.bias_rate) and bias_of(router.owner) is not None
-        own = isinstance(router.gate, DSelectK) and router.gate.has_terms
-        if not (weights.named() or biased or own):
+        gate = router.gate if isinstance(router.gate, DSelectK) else None
+        if not (weights.named() or biased or gate is not None):
             return []
-        parts = [f"{name} {value:g}" for name, value in weights.named().items()] + [f"bias {self.bias_rate:g}"] * biased
-        what = f"{kind(router)}, {router.experts} experts: {', '.join(parts + ['its own terms'] * own)}"
-        everywhere = self.scope == "global"
-        reading = (router.read, router.k, router.title, router.experts)
-        regulator = Regulator(*reading, weights, self._padding, router.side, router.tasks, everywhere, counting=biased)
+        what = done(router, {**weights.named(), **({"bias": self.bias_rate} if biased else {})})
+        reading = (router.read, router.k, router.title, router.experts, weights, self._padding, router.side, router.tasks)
+        own = gate.terms if gate is not None and gate.has_terms else None
+        regulator = Regulator(*reading, everywhere=self.scope == "global", counting=biased, own=own)
         return [AddGate(router.name, regulator, "regulator", what)]
 
     def describe(self, module: nn.Module) -> dict[str, str]:
         """Router -> what is done to it."""
         return {name.removesuffix(".tap"): what for name, what in super().describe(module).items()}
 
-    def gates(self, module: nn.Module) -> dict[str, Gate]:
-        """The regulators, and gates that have terms of their own."""
-        own = {name: m for name, m in module.named_modules() if isinstance(m, DSelectK)} if self._found(module) else {}
-        return {**super().gates(module), **own}
-
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Parameters of DSelectK gates: not brought in by this plug, but trained by it in a group of their own."""
-        gates = [gate for gate in self.gates(module).values() if isinstance(gate, DSelectK)]
-        ids = {id(p) for gate in gates for p in gate.parameters()}
+        """Parameters of the regulated DSelectK gates: not brought in by this plug, but trained by it in a group of their own."""
+        ids = {id(p) for gate in self._selectors.values() for p in gate.parameters()} if self._found(module) else set()
         return {name: p for name, p in module.named_parameters() if id(p) in ids}
+
+    def attach(self, module: nn.Module) -> None:
+        """See :meth:`Plug.attach`. On a model that this plug is new to, ramps begin anew."""
+        if self._found(module) is None:
+            self._steps, self._exact = 0, {}
+        super().attach(module)
 
     def _settle(self, module: nn.Module) -> None:
         super()._settle(module)
-        mine = Plug.gates(self, module).items()
-        self._regulators = {name.rsplit(".", 1)[0]: m for name, m in mine if isinstance(m, Regulator)}
-        self._biased = []
-        self._ramped = [m for m in module.modules() if isinstance(m, DSelectK)]
-        for name, regulator in self._regulators.items():
+        self._regulators = {name.rsplit(".", 1)[0]: m for name, m in self.gates(module).items() if isinstance(m, Regulator)}
+        self._biased, self._selectors = [], {}
+        for title, regulator in ((name.removesuffix(".tap"), r) for name, r in self._regulators.items()):
             regulator.padding = self._padding
-            bias = bias_of(module.get_submodule(name.removesuffix(".tap")))
+            owner = module.get_submodule(title)
+            bias = bias_of(owner)
+            if isinstance(owner, ExpertGate):
+                owner.label = title
+            if isinstance(owner, DSelectK):
+                self._selectors[title] = owner
             if regulator.counting and bias is not None:
-                self._biased.append((regulator, bias))
+                self._biased.append(Balanced(title, regulator, bias, self._exact.get(title)))
         self._tell_steps()
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
@@ -187,7 +189,7 @@ class RegulateRouters(Plug):
         move(self._biased, self.bias_rate)
 
     def _tell_steps(self) -> None:
-        for gate in self._ramped:
+        for gate in self._selectors.values():
             gate.steps.fill_(self._steps)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,6 +198,7 @@ class RegulateRouters(Plug):
         say_own_loss(pl_module)
         self._handles = watch_calls(pl_module)
         warn_frozen(pl_module)
+        warn_ahead(pl_module, [m for m in pl_module.modules() if isinstance(m, ExpertGate)])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps count from here."""
@@ -203,6 +206,8 @@ class RegulateRouters(Plug):
         self._seen = trainer.global_step
         warn_asleep(self._regulators)
         self._tell_steps()
+        for router in self._biased:
+            router.exact = self._exact.get(router.name)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Read which rows are padding."""
@@ -236,9 +241,10 @@ class RegulateRouters(Plug):
             self._handles.pop().remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The arguments, and how many optimizer steps were taken: ramps depend on it."""
-        return {**super().state_dict(), "steps": self._steps}
+        """The arguments; the number of optimizer steps, for ramps; biases that the model holds less exactly."""
+        exact = {router.name: router.exact for router in self._biased if router.exact is not None}
+        return {**super().state_dict(), "steps": self._steps, "biases": exact}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the number of steps."""
-        self._steps = state_dict.get("steps", 0)
+        """Take them."""
+        self._steps, self._exact = state_dict.get("steps", 0), state_dict.get("biases", {})

@@ -24,7 +24,7 @@ from gateplug.moe.families import Adapter
 from gateplug.moe.mixture import MultiGateMoE
 from gateplug.moe.padding import Padding
 from gateplug.moe.routers import Router, find_routers, named_by, no_router
-from gateplug.moe.selection import warn_frozen, warn_unreached
+from gateplug.moe.selection import warn_ahead, warn_frozen, warn_unreached
 from gateplug.moe.tally import Look, Report, StaticTally, Tally
 
 
@@ -112,6 +112,7 @@ class ExpertMonitor(Plug):
         forget_compiled()
         if not _regulated(trainer):
             warn_frozen(pl_module)
+            warn_ahead(pl_module, [t.router.gate for t in self._tallies if isinstance(t, Tally) and t.router.gate is not None])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of earlier runs keep only what this one goes on from."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gateplug.core.activations import ACTIVATIONS
 from gateplug.core.cost import still
-from gateplug.core.errors import listed
+from gateplug.core.errors import listed, real_numbers, whole_numbers
 from gateplug.core.graph import keep
 from gateplug.moe.functional import grouped_linear
 
@@ -67,7 +67,10 @@ class ExpertList(nn.ModuleList):
                     if not isinstance(first, nn.Linear):
                         return  # experts on images, with a gate that looks at something else: seen when they run
                     name = type(expert).__name__
-                    raise ValueError(f"expert {i} ({name}) does not take rows of width {dim}: {error}") from error
+                    raise ValueError(
+                        f"expert {i} ({name}) does not take rows of width {dim}, as the gate does: {error}. Give dim= if the "
+                        "gate looks at other rows (route)"
+                    ) from error
         if len(set(shapes.values())) > 1:
             have = listed(f"{i}: {s}" for i, s in shapes.items())
             raise ValueError(f"experts must have outputs of one shape, and have {have} for rows of width {dim}")
@@ -91,6 +94,7 @@ class ExpertMLP(nn.Module):
 
     Raises:
         ValueError: a width < 1, an unknown activation, a dropout outside [0, 1].
+        TypeError: a width that is no whole number.
     """
 
     def __init__(
@@ -105,6 +109,8 @@ class ExpertMLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        whole_numbers(experts=experts, dim=dim, hidden=hidden, out_dim=out_dim or dim)
+        real_numbers(dropout=dropout)
         if min(experts, dim, hidden, out_dim or 1) < 1:
             raise ValueError(f"experts={experts}, dim={dim}, hidden={hidden} and out_dim={out_dim} must be ≥ 1")
         if activation not in ACTIVATIONS:
@@ -162,7 +168,10 @@ class ExpertMLP(nn.Module):
     def check(self, dim: int) -> None:
         """Raise ValueError unless the experts take rows of width `dim`."""
         if dim != self.dim:
-            raise ValueError(f"the experts take rows of width {self.dim}, and the gate rows of width {dim}")
+            raise ValueError(
+                f"the experts take rows of width {self.dim}, and the gate rows of width {dim}; give dim={self.dim} if the gate "
+                "looks at other rows (route)"
+            )
 
     def _activated(self, hidden: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]
@@ -191,7 +200,8 @@ def as_experts(experts: Iterable[nn.Module] | ExpertMLP) -> Experts:
     """The experts of a mixture, from what a person gives."""
     if isinstance(experts, ExpertList | ExpertMLP):
         return experts
-    modules = list(experts)
-    if not all(isinstance(m, nn.Module) for m in modules):
-        raise TypeError(f"experts must be modules, and are {listed({type(m).__name__ for m in modules})}")
+    modules = list(experts) if isinstance(experts, Iterable) else [experts]
+    if not isinstance(experts, Iterable) or not all(isinstance(m, nn.Module) for m in modules):
+        kinds = listed(sorted({type(m).__name__ for m in modules}))
+        raise TypeError(f"experts must be a list of modules or a gp.ExpertMLP, and are {kinds}")
     return ExpertList(modules)

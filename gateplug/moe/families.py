@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from gateplug.core.errors import PlugError
-from gateplug.moe.routing import Routing, at_least_float32
+from gateplug.moe.routing import Routing
+from gateplug.moe.rows import at_least_float32
 
 Adapter = Callable[[Any], Sequence[Tensor]]
 """From a router's output to (logits (…, experts), chosen experts (…, k)), or these and the weights (…, k) of the chosen."""
@@ -33,13 +34,15 @@ class Seen(NamedTuple):
     kept: Tensor | None = None
     """(T, k) bool: what a capacity left."""
     load: Tensor | None = None
-    """(experts,) smooth load."""
+    """(T, experts), with a graph: the chance of each choice; its sum over the rows is the smooth load."""
     masked: bool = False
     """Padding is left out already."""
     q: Tensor | None = None
     """(T, experts) with a graph, of a gate without logits: what stands for p."""
     by_expert: bool = False
     """How `weights` are given; with k = experts their shape does not tell."""
+    selectors: Tensor | None = None
+    """(T, k, experts) of DSelect-k, with a graph."""
 
     @property
     def rows(self) -> int:
@@ -70,7 +73,7 @@ def tapped(out: Routing, k: int | None = None) -> Seen:
     """Gates of gateplug."""
     slots = out.slots if out.kept is None else None
     weights = out.weights if slots is None else slots
-    return Seen(out.logits, out.assigned, weights, out.kept, out.load, out.masked, out.q, slots is None)
+    return Seen(out.logits, out.assigned, weights, out.kept, out.load, out.masked, out.q, slots is None, out.selectors)
 
 
 def triple(out: Any, k: int | None = None) -> Seen:
@@ -120,4 +123,9 @@ class Adapted:
                 "rows"
             )
         weights = found[2].reshape(len(logits), -1) if len(found) == 3 else None
+        if weights is not None and weights.shape != assigned.shape:
+            raise PlugError(
+                f"the adapter of {self.router} gave weights {tuple(found[2].shape)} for chosen experts {tuple(found[1].shape)}; "
+                "they must be the weights of the chosen, in one shape with them"
+            )
         return Seen(logits, assigned, weights)

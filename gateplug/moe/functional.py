@@ -197,14 +197,20 @@ def noisy_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: k < 1 or k ≥ E.
     """
+    return noisy_chances(clean, noisy, scale, k).sum(0)
+
+
+def noisy_chances(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
+    """What :func:`noisy_load` sums: (T, E)."""
     experts = clean.shape[-1]
     if not 1 <= k < experts:
         raise ValueError(f"k={k} must lie in 1 … {experts - 1}: with all {experts} experts chosen there is no load to speak of")
     top, chosen = noisy.detach().topk(k + 1, -1)
     inside = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, chosen[..., :k], True)
     psi = torch.where(inside, top[..., k : k + 1], top[..., k - 1 : k])
-    chance: Tensor = torch.special.ndtr((clean - psi) / scale)
-    return chance.sum(0)
+    # softplus comes to 0 far below 0: 0 times the slope of 1/σ is NaN then
+    chance: Tensor = torch.special.ndtr((clean - psi) / scale.clamp_min(1e-6))
+    return chance
 
 
 def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gateplug.moe.functional import expert_capacity, expert_choice, noisy_load
-from gateplug.moe.routing import ExpertGate, Routing, scores
+from gateplug.core.errors import real_numbers
+from gateplug.moe.functional import expert_capacity, expert_choice, noisy_chances
+from gateplug.moe.routing import ExpertGate, Routing
+from gateplug.moe.rows import scores
 
 Normalize = Literal["selected", "all"]
 
@@ -89,7 +91,7 @@ class TopKGate(_LogitGate):
         scale = nn.functional.softplus(scores(self.noise, rows))
         noisy = clean + torch.randn_like(clean) * scale
         slots, assigned = self._chosen(noisy)
-        return self._routing(slots, assigned, noisy, noisy_load(clean, noisy.detach(), scale, self.k))
+        return self._routing(slots, assigned, noisy, noisy_chances(clean, noisy.detach(), scale, self.k))
 
     def _chosen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if self.normalize == "all":
@@ -123,6 +125,7 @@ class SigmoidGate(_LogitGate):
 
     def __init__(self, experts: int, k: int, dim: int | None = None, normalize: bool = True, scale: float = 1.0) -> None:
         super().__init__(experts, k, dim, None)
+        real_numbers(scale=scale)
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale={scale} must be a finite number > 0")
         self.normalize, self.scale = normalize, scale
@@ -181,6 +184,7 @@ class ExpertChoiceGate(_LogitGate):
 
     def __init__(self, experts: int, dim: int, capacity_factor: float = 2.0) -> None:
         super().__init__(experts, experts, dim, None)
+        real_numbers(capacity_factor=capacity_factor)
         if not 0 < capacity_factor < float("inf"):
             raise ValueError(f"capacity_factor={capacity_factor} must be a finite number > 0")
         self.capacity_factor = capacity_factor

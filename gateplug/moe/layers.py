@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gateplug.core.errors import listed
+from gateplug.core.errors import listed, real_numbers
+from gateplug.core.gate import Gate
 from gateplug.moe.functional import dselect_k, hard_selection, reachability, selector_entropy, smooth_step
-from gateplug.moe.routing import ExpertGate, Ramp, Routing, scores
+from gateplug.moe.routing import ExpertGate, Ramp, Routing
+from gateplug.moe.rows import scores
 
 
 class DSelectK(ExpertGate):
@@ -56,6 +59,8 @@ class DSelectK(ExpertGate):
         super().__init__(experts, k, dim, tasks)
         if isinstance(entropy, Mapping):  # as the configuration in a checkpoint has it
             entropy = Ramp(**entropy)
+        numbers = {} if isinstance(entropy, Ramp) else {"entropy": entropy}
+        real_numbers(gamma=gamma, reachability=reachability, **numbers)
         if not 0 < gamma < float("inf"):
             raise ValueError(f"gamma={gamma} must be > 0: the width over which the smooth step rises from 0 to 1")
         for name, value in (("entropy", entropy), ("reachability", reachability)):
@@ -71,8 +76,9 @@ class DSelectK(ExpertGate):
             self.z, self.w = nn.Parameter(torch.empty(*lead, k, self.bits)), nn.Parameter(torch.empty(*lead, k))
         else:
             self.z, self.w = nn.Linear(dim, n * k * self.bits), nn.Linear(dim, n * k)
-        self.register_buffer("steps", torch.zeros(()), persistent=False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)  # exact in half precision, too
         self.steps: Tensor
+        self.hardened = False
         self.reset_parameters()
 
     @torch.no_grad()
@@ -91,30 +97,34 @@ class DSelectK(ExpertGate):
         z, w = self.codes(rows)
         weights, selectors = dselect_k(z, w, self.experts, self.gamma)
         if self.has_terms and self.training:
-            weights = self._with_terms(weights, selectors)
+            self._check_heard()
         if self.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(weights, selectors.detach().argmax(-1), None, q=weights, z=z.detach())
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        return Routing(weights, selectors.detach().argmax(-1), None, q=weights, selectors=selectors, z=z.detach())
 
     @property
     def has_terms(self) -> bool:
-        """Whether this gate adds to the loss."""
-        return isinstance(self.entropy, Ramp) or self.entropy > 0 or self.reachability > 0
+        """Whether this gate adds to the loss; what is hardened has nothing to learn from it."""
+        return not self.hardened and (isinstance(self.entropy, Ramp) or self.entropy > 0 or self.reachability > 0)
 
-    def terms(self, selectors: Tensor) -> Tensor:
+    def terms(self, selectors: Tensor, share: Tensor | None = None) -> Tensor:
         """λ(t) Σ_s H(r_s) + reachability · Σ_s 1 / Σ_i r_si: mean over the rows, sum over selectors and tasks.
 
         Args:
             selectors: r, (R, k, experts).
+            share: (R,) part of each row in the mean, 0 for padding; None: the same for all.
         """
         factor = self.entropy.at(self.steps) if isinstance(self.entropy, Ramp) else self.entropy
         each = factor * selector_entropy(selectors)
         if self.reachability:
             each = each + self.reachability * reachability(selectors)
-        return each.sum(-1).mean() * (self.tasks or 1)
+        rows = each.sum(-1)
+        return (rows.mean() if share is None else rows @ share.to(rows.dtype)) * (self.tasks or 1)
 
     def harden(self, force: bool = False) -> list[int] | list[list[int]]:
         """Fix a converged static gate to its experts: z stays as it is decided, the weights w go on learning.
+
+        The state dict keeps that (`hardened`): a gate that it is loaded into is hardened as well.
 
         Args:
             force: round selectors that have not decided yet.
@@ -143,7 +153,7 @@ class DSelectK(ExpertGate):
         chosen = torch.stack([hard_selection(code, self.experts, self.gamma) for code in z.reshape(-1, self.k, self.bits)])
         with torch.no_grad():
             self.z.copy_(torch.where(smooth_step(z, self.gamma) < 0.5, -self.gamma, self.gamma))
-        self.z.requires_grad_(False)
+        self._fix()
         rows: list[list[int]] = chosen.tolist()
         for row in rows:
             if len(set(row)) < self.k:
@@ -156,17 +166,31 @@ class DSelectK(ExpertGate):
         assert isinstance(self.z, nn.Parameter)
         return (self.z.detach().abs() >= self.gamma / 2).float().mean(-1)
 
-    def _with_terms(self, weights: Tensor, selectors: Tensor) -> Tensor:
-        if self.injection is not None:
-            return self.injection.tether((weights,), selectors, "moe/selectors", self.terms)[0]
-        if not self._warned and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    def _fix(self) -> None:
+        self.hardened = True
+        self.z.requires_grad_(False)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.hardened:
+            destination[f"{prefix}hardened"] = torch.ones((), dtype=torch.bool)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if state_dict.pop(f"{prefix}hardened", None) is not None:
+            self._fix()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_heard(self) -> None:
+        """Warn, once, where no :class:`RegulateRouters` takes the terms into a loss."""
+        if self._warned or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if not any(isinstance(m, Gate) and m.injection is not None for m in self.tap.children()):
             self._warned = True
             warnings.warn(
                 f"{self._named()} has terms of its own (entropy, reachability) that enter no loss: add gp.RegulateRouters() to "
                 "the Trainer's callbacks, or in a loop of your own call attach(net) and total_loss(net, loss) on it",
                 stacklevel=2,
             )
-        return weights
 
     _warned: bool = False
 

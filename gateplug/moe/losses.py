@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from gateplug.moe.rows import counted_rows
+
 
 def load_balance(probs: Tensor, assigned: Tensor, mask: Tensor | None = None) -> Tensor:
     """E Σ_e f_e P_e: 1 at balance, E at collapse for k = 1 (arXiv 2101.03961, eqs. 4 to 6, with f a share of all choices).
@@ -16,7 +18,7 @@ def load_balance(probs: Tensor, assigned: Tensor, mask: Tensor | None = None) ->
         assigned: (T, k) int64, f_e is the share of the choices that fell on e; no gradient.
         mask: (T,) bool, False for tokens that do not count; none counting gives 0.
     """
-    experts = probs.shape[-1]
+    experts, probs = probs.shape[-1], counted_rows(probs, mask)
     row = _share(probs, mask)
     with torch.no_grad():
         each = row[:, None].expand(assigned.shape) / assigned.shape[-1]
@@ -26,7 +28,7 @@ def load_balance(probs: Tensor, assigned: Tensor, mask: Tensor | None = None) ->
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over tokens of logsumexp(logits)² (arXiv 2202.08906, eq. 5): (T, E) to a scalar; 0 where no token counts."""
-    return logits.logsumexp(-1).square() @ _share(logits, mask)
+    return counted_rows(logits, mask).logsumexp(-1).square() @ _share(logits, mask)
 
 
 def importance(weights: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -36,13 +38,13 @@ def importance(weights: Tensor, mask: Tensor | None = None) -> Tensor:
         weights: q (T, E).
         mask: (T,) bool; no token counting gives 0.
     """
-    received = (weights if mask is None else weights * mask[:, None]).sum(0)
+    received = counted_rows(weights, mask).sum(0)
     return received.var(correction=0) / (received.mean().square() + 1e-10)
 
 
 def router_entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over tokens of H(softmax(logits)), natural logarithm: (T, E) to a scalar; 0 where no token counts."""
-    log_p = logits.log_softmax(-1)
+    log_p = counted_rows(logits, mask).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1) @ _share(logits, mask)
 
 
@@ -67,14 +69,14 @@ def load_statistics(load: Tensor) -> dict[str, Tensor]:
 
     Returns:
         Scalars: `cv` population standard deviation / mean; `max_violation` (max − mean) / mean; `entropy` H(load / Σ) / ln E,
-        1 at balance; `dead` number of experts with load 0 (int64). A load of zeros gives 0, 0, 0 and E.
+        1 at balance, also of a single expert; `dead` number of experts with load 0 (int64). A load of zeros gives 0, 0, 0 and E.
     """
     load = load if load.is_floating_point() else load.to(torch.float32)
     mean, total = load.mean(), load.sum()
     some = total > 0
     safe = torch.where(some, mean, torch.ones_like(mean))
     p = load / torch.where(some, total, torch.ones_like(total))
-    entropy = torch.special.entr(p).sum() / math.log(len(load))
+    entropy = torch.special.entr(p).sum() / math.log(len(load)) if len(load) > 1 else some.to(load.dtype)
     violation = torch.where(some, (load.max() - mean) / safe, torch.zeros_like(mean))
     return {
         "cv": load.std(correction=0) / safe,

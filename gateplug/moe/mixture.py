@@ -7,11 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from gateplug.core.errors import real_numbers
 from gateplug.core.gate import Foldable
-from gateplug.moe.combine import no_rows, pairs, weighted_sum
+from gateplug.moe.combine import check_fit, check_shared, no_rows, pairs, plus, weighted_sum, whole_rows
 from gateplug.moe.dispatch import counted, sorted_pairs
 from gateplug.moe.experts import ExpertMLP, Experts, as_experts
-from gateplug.moe.routing import Drop, ExpertGate, Routing, masked
+from gateplug.moe.routing import Drop, ExpertGate, Routing
+from gateplug.moe.rows import check_mask, cleared, masked
 
 
 class MoE(Foldable):
@@ -25,12 +27,13 @@ class MoE(Foldable):
             experts a row.
         drop: who goes when an expert is full: `position` (first choices first, in the order of the rows) or `score` (the largest
             weights stay). A row that lost all its experts passes 0, or `shared` alone.
+        dim: width of the experts' rows, where the gate looks at others (`route`) of another width; None: the gate's.
 
     Parameters lie under `experts`, `gate` and `shared`.
 
     Raises:
-        ValueError: the gate is made for another number of experts or for several tasks, outputs of the experts differ in shape,
-            a capacity_factor ≤ 0 or for a gate that does not choose k experts a row.
+        ValueError: the gate is made for another number or width of experts or for several tasks, outputs of the experts differ in
+            shape, a capacity_factor ≤ 0 or for a gate that does not choose k experts row by row.
         TypeError: an expert is no module or does not return a tensor, or the gate is none.
     """
 
@@ -41,6 +44,7 @@ class MoE(Foldable):
         shared: nn.Module | None = None,
         capacity_factor: float | None = None,
         drop: Drop = "position",
+        dim: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(gate, ExpertGate):
@@ -50,12 +54,13 @@ class MoE(Foldable):
         if drop not in ("position", "score"):
             raise ValueError(f"drop={drop!r} must be 'position' or 'score'")
         if capacity_factor is not None:
+            real_numbers(capacity_factor=capacity_factor)
             if not 0 < capacity_factor < float("inf"):
                 raise ValueError(f"capacity_factor={capacity_factor} must be > 0, or None for no limit")
             gate.check_capacity(capacity_factor)
         self.experts: Experts = as_experts(experts)
-        check_fit(self.experts, gate)
-        self.gate, self.shared = gate, shared
+        check_fit(self.experts, gate, dim)
+        self.gate, self.shared = gate, check_shared(shared)
         self.capacity_factor, self.drop = capacity_factor, drop
 
     def forward(self, x: Tensor, mask: Tensor | None = None, route: Tensor | None = None) -> Tensor:
@@ -63,7 +68,7 @@ class MoE(Foldable):
 
         Args:
             x: (…, dim), rows over all leading dimensions; with `route` `(…, *shape)`, whatever the experts take.
-            mask: (…) bool, False for rows that take no part (padding): not routed, not counted, output 0.
+            mask: (…) bool, False for rows that take no part (padding), whatever stands in them: not routed nor counted, output 0.
             route: (…, gate.dim): what the gate looks at, if not `x`.
 
         Returns:
@@ -72,14 +77,14 @@ class MoE(Foldable):
         if self.gate.static:
             return self._static(x, mask)
         look = x if route is None else route
+        check_mask(mask, look.shape[:-1])
         items = x.reshape(-1, *x.shape[look.dim() - 1 :])
         y = masked(items, look.reshape(-1, look.shape[-1]), mask, self._rows)
         return y.reshape(*look.shape[:-1], *y.shape[1:])
 
     def _rows(self, items: Tensor, rows: Tensor, without_padding: bool) -> Tensor:
         routing = self.gate.route(rows, self.capacity_factor, self.drop, without_padding)
-        y = self._sum(items, routing)
-        return y if self.shared is None else y + self.shared(items)
+        return plus(self._sum(items, routing), self.shared, items)
 
     def _sum(self, items: Tensor, routing: Routing) -> Tensor:
         if torch.compiler.is_exporting():  # no shapes that depend on values
@@ -90,9 +95,9 @@ class MoE(Foldable):
         return weighted.new_zeros(len(items), *out.shape[1:]).index_add_(0, row, weighted).to(out.dtype)
 
     def _static(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        y = weighted_sum(self.experts, x, self.gate.route(no_rows(x)).weights)[0]
-        y = y if self.shared is None else y + self.shared(x)
-        return y if mask is None else y * mask.reshape(*mask.shape, *[1] * (y.dim() - mask.dim()))
+        x = whole_rows(x, mask)
+        y = plus(weighted_sum(self.experts, x, self.gate.route(no_rows(x)).weights)[0], self.shared, x)
+        return y if mask is None else cleared(y, mask)
 
     def folded(self) -> nn.Module:
         """A static mixture without its gate, of the experts that it has chosen; any other stays as it is."""
@@ -108,17 +113,22 @@ class MultiGateMoE(Foldable):
         experts: as in :class:`MoE`.
         gates: one gate a task, in the order of the tasks, or a single gate made for several (`tasks=n`).
         shared: a module that every row goes through besides, added for every task.
+        dim: as in :class:`MoE`.
 
     Raises:
-        ValueError: no gate, a gate for another number of experts, experts whose outputs differ in shape.
+        ValueError: no gate, a gate for another number or width of experts, experts whose outputs differ in shape.
         TypeError: as in :class:`MoE`.
     """
 
     def __init__(
-        self, experts: Iterable[nn.Module] | ExpertMLP, gates: Iterable[ExpertGate] | ExpertGate, shared: nn.Module | None = None
+        self,
+        experts: Iterable[nn.Module] | ExpertMLP,
+        gates: Iterable[ExpertGate] | ExpertGate,
+        shared: nn.Module | None = None,
+        dim: int | None = None,
     ) -> None:
         super().__init__()
-        every = [gates] if isinstance(gates, ExpertGate) else list(gates)
+        every = [gates] if isinstance(gates, ExpertGate) else list(gates) if isinstance(gates, Iterable) else []
         if not every or not all(isinstance(gate, ExpertGate) for gate in every):
             raise TypeError(f"gates must be one of gateplug's gates, or a list of them; got {gates!r}")
         widths = {gate.dim for gate in every} - {None}
@@ -126,28 +136,36 @@ class MultiGateMoE(Foldable):
             raise ValueError(f"all gates look at the same rows, and take rows of widths {sorted(map(str, widths))}")
         self.experts: Experts = as_experts(experts)
         for gate in every:
-            check_fit(self.experts, gate)
+            check_fit(self.experts, gate, dim)
         self.gates = nn.ModuleList(every)
-        self.shared = shared
+        self.shared = check_shared(shared)
         self.tasks = sum(gate.tasks or 1 for gate in every)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, route: Tensor | None = None) -> Tensor:
         """Run the mixture for all tasks.
 
         Args:
-            x: `(rows, *shape)`, whatever the experts take.
-            mask: (rows,) bool, False for rows that take no part; their output is 0.
+            x: `(rows, *shape)`, whatever the experts take; `(rows, dim)` where gates look at it row by row.
+            mask: (rows,) bool, False for rows that take no part; their output is 0, whatever stands in them.
             route: (rows, dim): what the gates look at, if not `x`.
 
         Returns:
             `(rows, tasks, *out)`.
         """
+        check_mask(mask, x.shape[:1])
         if all(gate.static for gate in self._gates()):
+            x = whole_rows(x, mask)
             q = torch.cat([gate.route(no_rows(x)).weights for gate in self._gates()])
             y = weighted_sum(self.experts, x, q).transpose(0, 1)
-            y = y if self.shared is None else y + self.shared(x)[:, None]
-            return y if mask is None else y * mask.reshape(-1, *[1] * (y.dim() - 1))
-        return masked(x, x if route is None else route, mask, self._rows)
+            y = plus(y, self.shared, x, tasks=True)
+            return y if mask is None else cleared(y, mask)
+        look = x if route is None else route
+        if look.dim() != 2 or len(look) != len(x):
+            raise ValueError(
+                f"gates that choose row by row look at (rows, dim), and got {tuple(look.shape)} for {len(x)} rows: flatten the "
+                "dimensions in front, or give route="
+            )
+        return masked(x, look, mask, self._rows)
 
     def _rows(self, items: Tensor, rows: Tensor, without_padding: bool) -> Tensor:
         parts = []
@@ -165,7 +183,7 @@ class MultiGateMoE(Foldable):
             weight = q.transpose(1, 2).reshape(-1, self.tasks).index_select(0, row * len(self.experts) + expert)
             each = weight.reshape(*weight.shape, *[1] * (out.dim() - 1)) * out[:, None]
             y = each.new_zeros(len(items), *each.shape[1:]).index_add_(0, row, each).to(out.dtype)
-        return y if self.shared is None else y + self.shared(items)[:, None]
+        return plus(y, self.shared, items, tasks=True)
 
     def _gates(self) -> list[ExpertGate]:
         return list(self.gates)  # type: ignore[arg-type]
@@ -196,16 +214,8 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, route: Tensor | None = None) -> Tensor:
         """As the mixture it comes from; `route` has no part in it."""
+        x = whole_rows(x, mask)
         y = weighted_sum(self.experts, x, self.weights.reshape(-1, len(self.experts)), list(range(len(self.experts))))
         y = y.transpose(0, 1) if self.weights.dim() == 2 else y[0]
-        if self.shared is not None:
-            y = y + (self.shared(x)[:, None] if self.weights.dim() == 2 else self.shared(x))
-        return y if mask is None else y * mask.reshape(*mask.shape, *[1] * (y.dim() - mask.dim()))
-
-
-def check_fit(experts: Experts, gate: ExpertGate) -> None:
-    """Raise ValueError or TypeError where experts and gate do not go together."""
-    if gate.experts != len(experts):
-        raise ValueError(f"{gate} is made for {gate.experts} experts, and there are {len(experts)}")
-    if gate.dim is not None:
-        experts.check(gate.dim)
+        y = plus(y, self.shared, x, tasks=self.weights.dim() == 2)
+        return y if mask is None else cleared(y, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -40,7 +41,7 @@ def say_own_loss(module: nn.Module) -> None:
 
 
 class AskedByCall:
-    """Forward pre-hook on a model whose auxiliary loss is switched on by an argument of the call (Switch): says so, once."""
+    """Forward pre-hook on a model whose auxiliary loss is switched on by an argument of the call: says so, once."""
 
     def __init__(self) -> None:
         self.said = False
@@ -57,6 +58,17 @@ class AskedByCall:
 
 
 def watch_calls(module: nn.Module) -> list[RemovableHandle]:
-    """Put :class:`AskedByCall` on every Switch model in `module`; take the handles off after the run."""
-    models = [m for m in module.modules() if type(m).__name__.startswith("SwitchTransformersFor")]
-    return [m.register_forward_pre_hook(AskedByCall(), with_kwargs=True) for m in models]
+    """Put :class:`AskedByCall` on models in `module` that can be asked for such a loss; take the handles off after the run."""
+    models: dict[str, nn.Module] = {}
+    for name, m in module.named_modules():
+        config = getattr(m, "config", None)
+        kind = str(getattr(config, "model_type", ""))
+        inside = any(name.startswith(f"{other}." if other else "") for other in models)
+        if not inside and hasattr(config, "router_aux_loss_coef") and not kind.startswith(SILENT) and _takes_flag(m):
+            models[name] = m
+    return [m.register_forward_pre_hook(AskedByCall(), with_kwargs=True) for m in models.values()]
+
+
+def _takes_flag(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return "output_router_logits" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

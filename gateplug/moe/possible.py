@@ -12,7 +12,7 @@ def possible(router: Router) -> set[str]:
     gate = router.gate
     terms = {"load_balance", "z_loss", "importance", "entropy"}
     if gate is None:
-        return terms
+        return terms if router.weighs else terms - {"importance"}
     if not any(True for _ in gate.parameters()):
         return set()
     if isinstance(gate, DSelectK):
@@ -29,9 +29,17 @@ def kind(router: Router) -> str:
     return type(router.gate or router.module).__name__
 
 
+def done(router: Router, factors: dict[str, float]) -> str:
+    """What is done to a router, for the table at the start."""
+    parts = [f"{name} {value:g}" for name, value in factors.items()]
+    if isinstance(router.gate, DSelectK):
+        parts += ["its own terms"] * router.gate.has_terms + ["no weight decay"]
+    return f"{kind(router)}, {router.experts} experts: {', '.join(parts)}"
+
+
 _REASONS = {
     "load_balance": "it needs gates that choose k < E experts, row by row or for several tasks",
-    "importance": "a single static gate has one row, and no batch to be balanced over",
+    "importance": "it needs the weights of the chosen experts (an adapter's third part), and a batch to be balanced over",
     "z_loss": "DSelectK has no logits",
     "smooth_load": "it needs gp.TopKGate(noisy=True)",
     "entropy": "there is no distribution",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,22 +17,8 @@ from gateplug.moe.functional import importance
 from gateplug.moe.outputs import carried, replaced
 from gateplug.moe.padding import Padding
 from gateplug.moe.routers import Side
-from gateplug.moe.routing import at_least_float32
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Factors of the terms."""
-
-    load_balance: float = 0.0
-    z_loss: float = 0.0
-    importance: float = 0.0
-    entropy: float = 0.0
-    smooth_load: float = 0.0
-
-    def named(self) -> dict[str, float]:
-        """Those that are not zero."""
-        return {name: value for name, value in vars(self).items() if value}
+from gateplug.moe.rows import counted_rows
+from gateplug.moe.terms import Weights, logit_terms, row_shares
 
 
 class Regulator(Gate):
@@ -50,6 +35,7 @@ class Regulator(Gate):
         tasks: choices for each row of the batch.
         everywhere: take f, the number of rows and the importance over all processes.
         counting: keep counts for a bias controller.
+        own: the gate's own terms: selectors (T, k, E), share of each row (T,) -> scalar.
     """
 
     room: ClassVar[str] = "moe"
@@ -68,11 +54,12 @@ class Regulator(Gate):
         tasks: int = 1,
         everywhere: bool = False,
         counting: bool = False,
+        own: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.read, self.k, self.name, self.experts, self.weights = read, k, name, experts, weights
         self.padding, self.tasks, self.everywhere, self.counting = padding, tasks, everywhere, counting
-        self.side = side
+        self.side, self.own = side, own
         self.values: dict[str, Tensor] = {}
         """Terms of the last batch, without their factors."""
         self.load: Tensor | None = None
@@ -97,7 +84,7 @@ class Regulator(Gate):
             self.record(chosen if mask is None else chosen[mask])
         if self.counting and not in_backward():
             self.load = counts if self.load is None else self.load + counts
-        if self.injection is None or not self.weights.named():
+        if self.injection is None or (self.own is None and not self.weights.named()):
             return out
         return self._with_terms(out, seen, mask, counts)
 
@@ -120,7 +107,15 @@ class Regulator(Gate):
         if self.weights.importance and seen.weights is not None:
             carriers = self._sums("importance", carriers, seen.weights, lambda w: self._received(w, seen, mask), values)
         if self.weights.smooth_load and seen.load is not None:
-            carriers = self._sums("smooth_load", carriers, seen.load, lambda load: load, values)
+            carriers = self._sums("smooth_load", carriers, seen.load, lambda load: counted_rows(load, mask).sum(0), values)
+        if self.own is not None and seen.selectors is not None:
+            own, row = self.own, row_shares(seen.rows, mask, share)
+
+            def term(r: Tensor) -> Tensor:
+                # padding may be NaN, and a sum of 0 over the experts would make it so
+                return own(r if mask is None else torch.where(mask[:, None, None], r, 1 / self.experts), row)
+
+            carriers = self.injection.tether(carriers, seen.selectors, "moe/selectors", term)
         if not in_backward():
             self.values = {name: value.detach() for name, value in values.items()}
         return replaced(out, carriers)
@@ -143,7 +138,7 @@ class Regulator(Gate):
         return self.injection.tether(carriers, x, f"moe/{name}", term)
 
     def _received(self, weights: Tensor, seen: Seen, mask: Tensor | None) -> Tensor:
-        weights = weights if mask is None else weights * mask[:, None]
+        weights = counted_rows(weights, mask)
         if seen.by_expert or seen.assigned is None:
             return weights.sum(0)
         return weights.new_zeros(self.experts).scatter_add(0, seen.assigned.flatten(), weights.flatten())
@@ -187,52 +182,3 @@ def choices(seen: Seen, mask: Tensor | None, experts: int) -> Tensor:
         ones = torch.ones_like(seen.assigned, dtype=torch.float32)
         ones = ones if mask is None else ones * mask[:, None]
         return ones.new_zeros(experts).scatter_add_(0, seen.assigned.flatten(), ones.flatten())
-
-
-def logit_terms(
-    x: Tensor, f: Tensor, mask: Tensor | None, share: Tensor, weights: Weights, logits: bool
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Load balance, z-loss and entropy of a router, and the gradient of their weighted sum, in closed form.
-
-    load_balance = E Σ_e f_e P_e, z_loss = mean logsumexp², entropy = mean H(p); sums over rows times `share`.
-
-    Args:
-        x: (T, E) logits, or p itself.
-        f: (E,) share of the choices that fell on each expert, a constant.
-        mask: (T,) bool.
-        share: 1 / rows that count (processes / rows of all of them, for sums over all).
-        weights: factors.
-        logits: whether `x` are logits.
-
-    Returns:
-        The terms without factors, and the gradient (T, E) of the weighted sum with respect to `x`, None where there is no term.
-    """
-    x = at_least_float32(x)
-    row = share if mask is None else mask * share
-    row = row.to(x.dtype).expand(len(x))
-    g = f.to(x.dtype) * x.shape[-1]
-    found: dict[str, Tensor] = {}
-    if logits:
-        log_sum = x.logsumexp(-1)
-        log_p = x - log_sum[:, None]
-        p = log_p.exp()
-    else:
-        p, log_sum, log_p = x, x.sum(-1), x.clamp_min(1e-20).log()
-    column = torch.zeros_like(log_sum)  # what is added to the slope in all columns of a row
-    slope: Tensor | float = 0.0
-    if weights.load_balance:
-        balance = p @ g
-        found["load_balance"] = balance @ row
-        slope = weights.load_balance * g
-        column = column - weights.load_balance * balance
-    if weights.entropy:
-        h = -(p * log_p).sum(-1)
-        found["entropy"] = h @ row
-        slope = slope - weights.entropy * (log_p if logits else log_p + 1)
-        column = column - weights.entropy * h
-    if weights.z_loss and logits:
-        found["z_loss"] = log_sum.square() @ row
-        column = column + (2 * weights.z_loss) * log_sum
-    if not found:
-        return found, None
-    return found, (p * (slope + column[:, None]) * row[:, None] if logits else (slope * row[:, None]).expand_as(x))

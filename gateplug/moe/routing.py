@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gateplug.core.errors import real_numbers, whole_numbers
 from gateplug.core.gate import Gate
 from gateplug.moe.functional import apply_capacity, expert_capacity
+from gateplug.moe.rows import at_least_float32, check_mask, cleared, masked
 
 Drop = Literal["position", "score"]
 
@@ -29,11 +30,13 @@ class Routing(NamedTuple):
     kept: Tensor | None = None
     """(R, k) bool: what a capacity has left of `assigned`."""
     load: Tensor | None = None
-    """(experts,): smooth load of a noisy gate, with a gradient."""
+    """(R, experts): of a noisy gate, the chance of each choice under new noise, with a gradient; its sum is the smooth load."""
     masked: bool = False
     """Rows of padding are left out already."""
     q: Tensor | None = None
     """(R, experts): the weights as they were decided, of a gate that has no logits."""
+    selectors: Tensor | None = None
+    """(R, k, experts): what each selector of DSelect-k puts on the experts, with a gradient."""
     z: Tensor | None = None
     """(R, k, bits): the logits of the bits of DSelect-k's selectors, without a graph."""
 
@@ -58,6 +61,7 @@ class Ramp:
 
     Raises:
         ValueError: a value out of its range.
+        TypeError: one that is no number.
     """
 
     start: float
@@ -66,6 +70,8 @@ class Ramp:
     after: int = 0
 
     def __post_init__(self) -> None:
+        real_numbers(start=self.start, end=self.end)
+        whole_numbers(steps=self.steps, after=self.after)
         for name, value in (("start", self.start), ("end", self.end)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value!r} of a Ramp must be a finite number ≥ 0")
@@ -92,6 +98,7 @@ class ExpertGate(Gate):
 
     Raises:
         ValueError: a number out of its range.
+        TypeError: one that is no whole number.
     """
 
     room: ClassVar[str] = "moe"
@@ -105,6 +112,7 @@ class ExpertGate(Gate):
 
     def __init__(self, experts: int, k: int, dim: int | None = None, tasks: int | None = None) -> None:
         super().__init__()
+        whole_numbers(experts=experts, k=k, **{n: v for n, v in (("dim", dim), ("tasks", tasks)) if v is not None})
         if experts < 2:
             raise ValueError(f"experts={experts} must be at least 2: with one there is nothing to choose")
         if not 1 <= k <= experts:
@@ -133,11 +141,12 @@ class ExpertGate(Gate):
             (…, experts), or (…, tasks, experts) for a gate of several tasks.
         """
         lead = x.shape[:-1]
+        check_mask(mask, lead)
         rows = x.reshape(-1, x.shape[-1])
         tail = (self.experts,) if self.tasks is None else (self.tasks, self.experts)
         if self.static:
             weights = self.route(rows).weights.reshape(tail).expand(*lead, *tail)
-            return weights if mask is None else weights * mask.reshape(*lead, *[1] * len(tail))
+            return weights if mask is None else cleared(weights, mask)
 
         def run(rows: Tensor, _: Tensor, without_padding: bool) -> Tensor:
             return self.route(rows, masked=without_padding).weights.reshape(-1, *tail)
@@ -177,9 +186,11 @@ class ExpertGate(Gate):
         training, self.training = self.training, False  # no terms, no noise
         try:
             with torch.no_grad():
-                return self.decide(torch.zeros(1, 1)).weights
+                weights = self.decide(torch.zeros(1, 1)).weights
         finally:
             self.training = training
+        self._check_chosen(weights)
+        return weights
 
     def decide(self, rows: Tensor) -> Routing:
         """The gate itself: rows `(R, dim)`, in float32 or more, to a routing of R rows (1 or `tasks` rows when static)."""
@@ -187,8 +198,9 @@ class ExpertGate(Gate):
 
     def check_capacity(self, factor: float) -> None:
         """Raise ValueError where a capacity has no meaning."""
-        if not self.limits:
-            raise ValueError(f"{self._named()} does not choose exactly k experts a row: it takes no capacity_factor={factor}")
+        if not self.limits or self.static:
+            why = "makes one choice for all rows" if self.static else "does not choose exactly k experts a row"
+            raise ValueError(f"{self._named()} {why}: it takes no capacity_factor={factor}")
 
     def _limited(self, routing: Routing, factor: float, drop: Drop) -> Routing:
         self.check_capacity(factor)
@@ -201,10 +213,22 @@ class ExpertGate(Gate):
         return routing._replace(weights=weights, slots=slots, kept=kept)
 
     def _check_finite(self, routing: Routing) -> None:
-        weights = routing.weights
+        weights = routing.weights.detach()
         # reading a value halts a GPU; there the ExpertMonitor says it
-        if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(weights.detach().sum().isfinite()):
+        if weights.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not bool(weights.sum().isfinite()):
             raise ValueError(f"{self._named()} got rows that are not finite, or has parameters that are not: there is no choice")
+        if self.static:
+            self._check_chosen(weights)
+
+    def _check_chosen(self, weights: Tensor) -> None:
+        """Raise where a static gate has chosen nothing: selectors may come to codes that stand for no expert."""
+        if bool((weights.sum(-1) == 0).any()):
+            raise ValueError(
+                f"{self._named()} has chosen no expert: all its selectors stand at codes of {self.experts} or more. Start anew "
+                "(gate.reset_parameters()) with a larger reachability, or take a power of two of experts"
+            )
 
     def _named(self) -> str:
         return f"{self.label} ({self})" if self.label else str(self)
@@ -216,27 +240,3 @@ class ExpertGate(Gate):
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def scores(part: nn.Parameter | nn.Linear, rows: Tensor) -> Tensor:
-    """What a gate reads its choice from: a linear layer of the rows, in their precision; or parameters, whatever the rows."""
-    if isinstance(part, nn.Parameter):
-        return at_least_float32(part)
-    bias = None if part.bias is None else part.bias.to(rows.dtype)
-    return nn.functional.linear(rows, part.weight.to(rows.dtype), bias)
-
-
-def masked(items: Tensor, rows: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
-    """`run(items, rows, without_padding)` on the rows that the mask leaves, and zeros for the others."""
-    if mask is None:
-        return run(items, rows, False)
-    if mask.numel() != len(rows):
-        raise ValueError(f"a mask of shape {tuple(mask.shape)} does not go with {len(rows)} rows")
-    taking = mask.reshape(-1).nonzero().squeeze(-1)
-    y = run(items.index_select(0, taking), rows.index_select(0, taking), True)
-    return y.new_zeros(len(items), *y.shape[1:]).index_copy(0, taking, y)

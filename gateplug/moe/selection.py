@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from gateplug.core.errors import listed
 from gateplug.moe.layers import DSelectK
+from gateplug.moe.routing import ExpertGate
 
 
 def static_gates(module: nn.Module) -> dict[str, DSelectK]:
@@ -25,6 +26,20 @@ def warn_frozen(module: nn.Module) -> None:
             "selector bits of DSelectK start outside of ± gamma / 2 and are frozen: "
             f"{listed(f'{n} of {name}' for name, n in bad.items())}. Start them closer to 0 (gate.reset_parameters()) or give a "
             "larger gamma; harden() says that they are meant to be fixed"
+        )
+
+
+def warn_ahead(module: nn.Module, gates: Iterable[ExpertGate], capacity_factor: float | None = None) -> None:
+    """Warn of choices in a causal language model that depend on what comes later in the text."""
+    causal = [type(m).__name__ for m in module.modules() if type(m).__name__.endswith(("ForCausalLM", "LMHeadModel"))]
+    if not causal:
+        return
+    if any(gate.couples_samples for gate in gates):
+        rank_zero_warn(f"the gate sees the whole batch: in {causal[0]} that is a look into the future")
+    if capacity_factor is not None:
+        rank_zero_warn(
+            f"with a capacity, later tokens can push out the choices of earlier ones: in {causal[0]} that is a look into the "
+            "future. Leave capacity_factor out, or trust no likelihood that is measured so"
         )
 
 

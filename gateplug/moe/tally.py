@@ -16,7 +16,8 @@ from gateplug.moe.layers import DSelectK
 from gateplug.moe.padding import Padding
 from gateplug.moe.regulate import choices
 from gateplug.moe.routers import Router
-from gateplug.moe.routing import ExpertGate, Routing, at_least_float32
+from gateplug.moe.routing import ExpertGate, Routing
+from gateplug.moe.rows import at_least_float32
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gateplug.core.edit import Edit, Replace
-from gateplug.core.errors import PlugError, listed, nearest
+from gateplug.core.errors import PlugError, listed, nearest, whole_numbers
 from gateplug.core.fresh import seeded, spread
 from gateplug.core.optim import GroupOptions
 from gateplug.core.plug import Plug
@@ -22,6 +22,7 @@ from gateplug.moe.gates import ExpertChoiceGate, SigmoidGate, SoftmaxGate, TopKG
 from gateplug.moe.layers import DSelectK
 from gateplug.moe.mixture import MoE
 from gateplug.moe.routing import Drop, ExpertGate
+from gateplug.moe.selection import warn_ahead
 
 GATES: dict[str, type[ExpertGate]] = {
     "top_k": TopKGate,
@@ -81,8 +82,9 @@ class Upcycle(Plug):
             raise ValueError(f"gate={gate!r} is not known.{nearest(gate, GATES)} Allowed are {listed(GATES)}, or a function")
         if not isinstance(gate, str) and not callable(gate):
             raise TypeError(f"gate={gate!r} must be one of {listed(GATES)}, or a function (experts, dim) -> gate")
-        if type(experts) is not int or type(k) is not int:
-            raise TypeError(f"experts={experts!r} and k={k!r} must be whole numbers")
+        if gate_args and not isinstance(gate, str | type):
+            raise ValueError(f"gate_args={gate_args!r} are for a gate given by name or class; a function has its own")
+        whole_numbers(experts=experts, k=k)
         if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):
             raise ValueError(
                 f"noise={noise!r} must be a finite number ≥ 0: the spread of what is added, relative to the weights'"
@@ -149,16 +151,18 @@ class Upcycle(Plug):
     def _gate(self, dim: int) -> ExpertGate:
         """A router for rows of a width."""
         made: Any = GATES[self.gate] if isinstance(self.gate, str) else self.gate
-        takes = inspect.signature(made).parameters if isinstance(made, type) else {}
-        if not {"experts", "dim"} <= takes.keys():
-            gate: ExpertGate = made(self.experts, dim)
+        takes = inspect.signature(made).parameters
+        anything = isinstance(made, type) and any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        named = {"experts", "dim"} <= takes.keys()
+        if not isinstance(made, type) or not (named or anything):
+            gate: ExpertGate = made(experts=self.experts, dim=dim) if named else made(self.experts, dim)
             if not isinstance(gate, ExpertGate) or gate.experts != self.experts or gate.dim not in (dim, None):
                 raise ValueError(
                     f"gate(experts={self.experts}, dim={dim}) must give one of gateplug's gates for these, and gave {gate}"
                 )
         else:
             given = dict(self.gate_args or {})
-            counted = {"k": self.k} if "k" in takes else {}
+            counted = {"k": self.k} if "k" in takes or anything else {}
             try:
                 gate = made(**{"experts": self.experts, "dim": dim, **counted, **given})
             except TypeError as error:
@@ -175,9 +179,7 @@ class Upcycle(Plug):
                 "add gp.RegulateRouters(load_balance=…), whose terms then train it alone",
                 stacklevel=3,
             )
-        causal = [type(m).__name__ for m in module.modules() if type(m).__name__.endswith(("ForCausalLM", "LMHeadModel"))]
-        if causal and any(gate.couples_samples for gate in gates):
-            warnings.warn(f"the gate sees the whole batch: in {causal[0]} that is a look into the future", stacklevel=3)
+        warn_ahead(module, gates, self.capacity_factor)
 
 
 def _not_one(gate: ExpertGate) -> str:

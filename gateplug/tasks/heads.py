@@ -1,7 +1,7 @@
 """One task, or many alike, of a network with several: tower, loss, weight and metrics."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from gateplug.core.errors import real_numbers, whole_numbers
 from gateplug.tasks.batch import check_integer_labels
 from gateplug.tasks.masked import Kind, Masked, Stage, TaskLosses, copies, default_metrics
 
@@ -75,6 +76,8 @@ class TaskHead(nn.Module):
         metrics: dict[str, Metric] | None = None,
     ) -> None:
         super().__init__()
+        whole_numbers(outputs=outputs, count=count, ignore_index=ignore_index)
+        real_numbers(weight=weight)
         if kind not in get_args(Kind):
             raise ValueError(f"TaskHead(kind={kind!r}): allowed are {', '.join(get_args(Kind))}.")
         if kind == "classification" and outputs < 2:
@@ -89,6 +92,10 @@ class TaskHead(nn.Module):
             raise ValueError(f"TaskHead(ignore_index={ignore_index}): 0 and 1 are the labels of a binary task.")
         if loss is not None and not callable(loss):
             raise TypeError(f"TaskHead(loss={loss!r}): a module or function (predictions, labels) -> loss of each sample.")
+        if tower is not None and not isinstance(tower, nn.Module):
+            raise TypeError(f"TaskHead(tower={tower!r}): a module, or None.")
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise TypeError(f"TaskHead(metrics={metrics!r}): a dict, name -> metric of torchmetrics.")
         self.kind, self.outputs, self.weight, self.count, self.ignore_index = kind, outputs, float(weight), count, ignore_index
         self.name = "task"
         self.tower, self.loss = tower, loss

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.core.activations import ACTIVATIONS
+from gateplug.core.errors import whole_numbers
 
 
 class TaskTowers(nn.Module):
@@ -35,6 +36,9 @@ class TaskTowers(nn.Module):
         self, count: int, widths: Sequence[int], activation: str = "relu", bias: bool = True, identity: bool = False
     ) -> None:
         super().__init__()
+        if not isinstance(widths, Sequence) or isinstance(widths, str):
+            raise TypeError(f"TaskTowers(widths={widths!r}): a list of whole numbers, [8, 1] is one layer.")
+        whole_numbers(count=count, **{f"widths[{i}]": width for i, width in enumerate(widths)})
         if count < 1:
             raise ValueError(f"TaskTowers(count={count}): there must be at least 1 task.")
         if len(widths) < 2 or min(widths) < 1:

@@ -127,6 +127,11 @@ def test_a_plug_that_finds_no_layer_is_one_paragraph(here, capsys):
     assert "nothing.like.it" in capsys.readouterr().err
 
 
+def test_a_plug_given_twice_is_one_paragraph(here, capsys):
+    assert fit("--trainer.callbacks+=ReplaceFFN", "--trainer.callbacks+=ReplaceFFN") == 2
+    assert "gateplug: trainer.callbacks holds two ReplaceFFN for the same layers: leave one" in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(here):
     with pytest.raises(UserError, match=r"there is no file bas\.yaml") as error:
         main(["fit", "-c", "bas.yaml", "--debug"])

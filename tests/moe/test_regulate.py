@@ -277,7 +277,7 @@ def test_smooth_load_of_a_noisy_gate_reaches_its_noise(tmp_path: Path) -> None:
     [
         (gp.DSelectK(4, 2, 16), "z_loss", "DSelectK has no logits"),
         (gp.DSelectK(4, 2), "load_balance", "choose k < E experts"),
-        (gp.DSelectK(4, 2), "importance", "no batch to be balanced over"),
+        (gp.DSelectK(4, 2), "importance", "a batch to be balanced over"),
         (gp.SoftmaxGate(4, 16), "load_balance", "choose k < E experts"),
         (gp.ExpertChoiceGate(4, 16), "load_balance", "choose k < E experts"),
         (gp.TopKGate(4, 2, 16), "bias_rate", "gp.SigmoidGate"),
