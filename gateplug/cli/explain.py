@@ -29,7 +29,8 @@ def explain(error: BaseException, args: list[str]) -> str:
     if owner is not None:
         name = owner.__name__
         # the value that the message quotes, where it was given as an option; else the class, which the files name
-        values = [v for v in re.findall(r"\w+='?([^\s',)]+)", text) if v in {a.rpartition("=")[2] for a in args[1:]}]
+        options = {(a.partition("=")[0].rpartition(".")[2], a.partition("=")[2]) for a in args[1:]}
+        values = [value for name, value in re.findall(r"(\w+)='?([^\s',)]+)", text) if (name, value) in options]
         said = Said(one_line(text if text.startswith(name) else f"{name}: {text}"), values[:1] or [name])
     place = ", ".join(part for part in (_place(args, said), ".".join(frame.keys)) if part)
     return f"{place}: {said.text}" if place else said.text

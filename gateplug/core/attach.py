@@ -42,6 +42,8 @@ class Attachable:
     refuses: ClassVar[dict[str, str]] = {}
     """Plugs (by class name) that cannot be used beside this one, and why."""
     layers: Layers = "auto"
+    chooser: ClassVar[str] = "layers"
+    """What the method calls the argument that is kept in `layers`."""
     _injection: Injection | None = None
     group: GroupOptions | None = None
     """How the attached parameters are trained, if not like all others."""
@@ -82,7 +84,7 @@ class Attachable:
             self._settle(module)
             return
         try:
-            chosen = select(module, self.layers, self.candidates(module))
+            chosen = select(module, self.layers, self.candidates(module), self.chooser)
         except PlugError as error:
             raise PlugError(f"{type(self).__name__}: {error}") from None
         plan = list(self.plan(module, chosen)) if chosen else []
@@ -105,7 +107,7 @@ class Attachable:
         """The message for a module in which there is nothing to attach to."""
         linear = [f"{n} ({type(m).__name__})" for n, m in module.named_modules() if n and not list(m.children())]
         return (
-            f"{type(self).__name__} with layers={self.layers!r} finds nothing to attach to. Name layers with `layers=`; "
+            f"{type(self).__name__} with {self.chooser}={self.layers!r} finds nothing to attach to. Name layers with it; "
             f"there are: {listed(linear)}"
         )
 

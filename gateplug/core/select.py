@@ -14,7 +14,9 @@ Layers: TypeAlias = str | Sequence[str] | type[nn.Module] | Callable[[str, nn.Mo
 """What the `layers` argument of a plug accepts, see :func:`select`."""
 
 
-def select(module: nn.Module, layers: Layers, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def select(
+    module: nn.Module, layers: Layers, candidates: Mapping[str, nn.Module], argument: str = "layers"
+) -> dict[str, nn.Module]:
     """Find the layers that `layers` names in `module`, in the order of `named_modules`.
 
     Args:
@@ -24,6 +26,7 @@ def select(module: nn.Module, layers: Layers, candidates: Mapping[str, nn.Module
             all layers of a class (by its name, subclasses included); a list of such texts; a class; or a function
             `(name, layer) -> bool`.
         candidates: what "auto" means to the calling plug, by name; also what the error lists.
+        argument: what the plug calls `layers`, for the error.
 
     Raises:
         PlugError: nothing was found, or one of several patterns found nothing; says which and what there is.
@@ -33,25 +36,27 @@ def select(module: nn.Module, layers: Layers, candidates: Mapping[str, nn.Module
         return dict(candidates)
     named: dict[str, nn.Module] = {name: layer for name, layer in module.named_modules() if name}
     if isinstance(layers, str):
-        found = _by_text(layers, named, candidates)
+        found = _by_text(layers, named, candidates, argument)
     elif isinstance(layers, type):
         found = {name: layer for name, layer in named.items() if isinstance(layer, layers)}
     elif callable(layers):
         found = {name: layer for name, layer in named.items() if layers(name, layer)}
     elif isinstance(layers, Sequence) and all(isinstance(text, str) for text in layers):
-        chosen = {name for text in layers for name in _by_text(text, named, candidates)}
+        chosen = {name for text in layers for name in _by_text(text, named, candidates, argument)}
         found = {name: layer for name, layer in named.items() if name in chosen}
     else:
         raise TypeError(
-            f"layers={layers!r} is not a way to name layers: give 'auto', a name or pattern such as 'encoder.layer.*', "
+            f"{argument}={layers!r} is not a way to name layers: give 'auto', a name or pattern such as 'encoder.layer.*', "
             "'class:Linear', a list of these, a class, or a function (name, layer) -> bool"
         )
     if not found:
-        raise PlugError(f"layers={layers!r} finds no layer. Candidates: {listed(candidates or named)}")
+        raise PlugError(f"{argument}={layers!r} finds no layer. Candidates: {listed(candidates or named)}")
     return found
 
 
-def _by_text(text: str, named: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _by_text(
+    text: str, named: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module], argument: str
+) -> dict[str, nn.Module]:
     if text in named:
         return {text: named[text]}
     if text.startswith("class:"):
@@ -63,7 +68,7 @@ def _by_text(text: str, named: Mapping[str, nn.Module], candidates: Mapping[str,
         known = set(named)
     if not found:
         raise PlugError(
-            f"layers={text!r} finds no layer.{nearest(text.removeprefix('class:'), known)} "
+            f"{argument}={text!r} finds no layer.{nearest(text.removeprefix('class:'), known)} "
             f"Candidates: {listed(candidates or named)}"
         )
     return found

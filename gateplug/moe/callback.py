@@ -67,6 +67,7 @@ class RegulateRouters(Plug):
     summary: ClassVar[str] = "per-layer regularisers and bias control for the routers of any mixture of experts"
     paper: ClassVar[str] = "arXiv 2106.03760, 1701.06538, 2101.03961, 2202.08906, 2408.15664"
     injects: ClassVar[bool] = True
+    chooser: ClassVar[str] = "routers"
 
     def __init__(
         self,
@@ -89,8 +90,7 @@ class RegulateRouters(Plug):
             raise ValueError(f"scope={scope!r} must be 'local' (statistics of each process) or 'global' (of all processes)")
         self.load_balance, self.z_loss, self.importance, self.entropy = load_balance, z_loss, importance, entropy
         self.smooth_load, self.bias_rate, self.scope = smooth_load, bias_rate, scope
-        self.routers, self.adapters = routers, adapters
-        self.layers = routers
+        self.routers, self.layers, self.adapters = routers, routers, adapters
         self.group = GroupOptions(weight_decay=0.0)
         self._padding = Padding()
         self._steps, self._seen = 0, 0
@@ -104,7 +104,7 @@ class RegulateRouters(Plug):
 
     def candidates(self, module: nn.Module) -> dict[str, nn.Module]:
         """All routers."""
-        return {name: router.module for name, router in find_routers(module, self.adapters)[0].items()}
+        return {router.title: router.module for router in find_routers(module, self.adapters)[0].values()}
 
     def nothing(self, module: nn.Module) -> str:
         """Say what was looked at."""

@@ -72,6 +72,7 @@ class ExpertMonitor(Plug):
     summary: ClassVar[str] = "shows how routers load their experts: scalars, histograms, pictures, and says when one collapses"
     paper: ClassVar[str] = "arXiv 2106.03760, 1701.06538, 2101.03961"
     attaches: ClassVar[bool] = False
+    chooser: ClassVar[str] = "routers"
 
     def __init__(
         self,
@@ -144,7 +145,7 @@ class ExpertMonitor(Plug):
         if not found:
             raise PlugError(f"ExpertMonitor {no_router(module, left)}")
         try:
-            layers = select(module, self.routers, {name: r.module for name, r in found.items()})
+            layers = select(module, self.routers, {r.title: r.module for r in found.values()}, self.chooser)
         except PlugError as error:
             raise PlugError(f"ExpertMonitor: {error}") from None
         return named_by(layers, found, "ExpertMonitor")
