@@ -4,14 +4,15 @@
 `sparse8_speedup`, `sparse64_speedup`: forward and backward of `gp.MoE` with `gp.ExpertMLP` and a top-2 gate of 8 or 64 experts
 against all experts on all tokens by einsum, weighted by the same gate. `sparse_memory_saving`: bytes that both keep for backward,
 of 8 experts. `hf_experts_speedup`: `gp.MoE` against Mixtral's layer of transformers, same weights, its default implementation of
-the experts. `regulate`: a training step of a tiny Mixtral in a Lightning Trainer with `RegulateRouters` and `ExpertMonitor` ÷ the
-same step without them.
+the experts. `regulate`: a training step of a tiny Mixtral (d = 128) in a Lightning Trainer with `RegulateRouters` and
+`ExpertMonitor` ÷ the same step without them; `regulate_small`: of one with d = 64, whose step is so short that fixed costs weigh more.
 `--figure PATH` draws the seconds of a step against the number of experts at k = 2 instead: sparse, dense, and a loop over experts.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import statistics
@@ -141,22 +142,23 @@ def hugging_face(rounds: int) -> Line:
     )
 
 
-def language() -> tuple[nn.Module, Any, Callable[[nn.Module, Any], Tensor]]:
+def language(dim: int) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], Tensor]]:
     """A tiny Mixtral on random tokens."""
     ids = torch.randint(3, 64, (16, 64))
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    return mixtral(hidden_size=128, intermediate_size=256, num_hidden_layers=2), batch, lambda net, b: net(**b).loss
+    return mixtral(hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=2), batch, lambda net, b: net(**b).loss
 
 
-def regulate(rounds: int, steps: int = 50) -> Line:
+def regulate(key: str, dim: int, rounds: int, steps: int = 50) -> Line:
     """The cost of regularised and watched routers; a round is two pairs of trainings with the sides exchanged, see core.py."""
 
     def ours() -> list[Any]:
         return [gp.RegulateRouters(load_balance=0.01, z_loss=1e-3), gp.ExpertMonitor(every_n_steps=steps)]
 
     with tempfile.TemporaryDirectory() as folder:
-        pairs = [in_turns(ours, list, lambda: TensorBoardLogger(folder), steps, language) for _ in range(rounds)]
-    return line("regulate", "step with both plugs vs without, Mixtral d=128, 2 layers", pairs, "≤ 1.05")
+        training = functools.partial(language, dim)
+        pairs = [in_turns(ours, list, lambda: TensorBoardLogger(folder), steps, training) for _ in range(rounds)]
+    return line(key, f"step with both plugs vs without, Mixtral d={dim}, 2 layers", pairs, "≤ 1.05")
 
 
 def figure(path: Path) -> None:
@@ -211,7 +213,8 @@ def main() -> None:
         "sparse64_speedup": lambda: sparse("sparse64_speedup", 64, 16 if few else 100, "≥ 10"),
         "sparse_memory_saving": lambda: memory(2),
         "hf_experts_speedup": lambda: hugging_face(150 if few else 800),
-        "regulate": lambda: regulate(1 if few else 12),
+        "regulate": lambda: regulate("regulate", 128, 1 if few else 12),
+        "regulate_small": lambda: regulate("regulate_small", 64, 1 if few else 8),
     }
     sys.stdout, shown = open(os.devnull, "w"), sys.stdout  # noqa: SIM115  # plugs print tables at the start of each fit
     lines = [measure() for key, measure in every.items() if not args.only or key in args.only]
