@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from lightning import LightningModule, Trainer
 from torch import nn
 
 from gateplug.core.edit import Edit, Replace
@@ -16,6 +17,7 @@ from gateplug.core.fresh import seeded, spread
 from gateplug.core.optim import GroupOptions
 from gateplug.core.plug import Plug
 from gateplug.core.select import Layers
+from gateplug.core.table import print_table
 from gateplug.moe.dense import Dense, find_dense, whole
 from gateplug.moe.experts import ExpertMLP
 from gateplug.moe.gates import ExpertChoiceGate, SigmoidGate, SoftmaxGate, TopKGate
@@ -91,6 +93,7 @@ class Upcycle(Plug):
             )
         self.experts, self.gate, self.k, self.gate_args, self.layers = experts, gate, k, gate_args, layers
         self.noise, self.capacity_factor, self.drop, self.lr_scale = noise, capacity_factor, drop, lr_scale
+        self._left: list[str] = []
         options = GroupOptions(lr_scale)
         self.group = options if lr_scale != 1 else None
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -113,6 +116,7 @@ class Upcycle(Plug):
     def plan(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterable[Edit]:
         """Edits for every feed-forward in the selected layers."""
         found, left = find_dense(module)
+        self._left = left
         chosen: dict[str, Dense] = {}
         for name, layer in layers.items():
             inside = [d for d in found if any(f"{part}.".startswith(f"{name}.") for part in d.parts)]
@@ -128,6 +132,13 @@ class Upcycle(Plug):
         edits = [edit for dense in chosen.values() for edit in self._edits(dense)]
         self._warn(module, [e.new.gate for e in edits if isinstance(e, Replace) and isinstance(e.new, MoE)])
         return edits
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was made, and which layers looked like a feed-forward and were left."""
+        new = not self._announced
+        super().on_fit_start(trainer, pl_module)
+        if new and self._left:
+            print_table("Left as they are", ("layers",), [(text,) for text in self._left])
 
     def _edits(self, dense: Dense) -> list[Edit]:
         with seeded(dense.name, dense.like):

@@ -388,6 +388,25 @@ def test_a_wrong_argument_is_said(make: Callable[[], Any], error: type[Exception
         make()
 
 
+def test_upcycle_says_what_it_left(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.act = nn.Linear(8, 16), nn.Linear(16, 10), nn.ReLU()
+            self.odd, self.even, self.between = nn.Linear(8, 16), nn.Linear(16, 8).half(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.act(self.first(x))).mean(1)
+
+    t = trainer(tmp_path, callbacks=[gp.Upcycle(experts=4, layers="first")], max_epochs=1)
+    t.fit(UserModule(net=Two()), loader())
+    said = capsys.readouterr().out
+    assert "Left as they are" in said
+    assert "net.odd" in said.partition("Left as they are")[2]
+
+
 def test_upcycle_takes_gates_by_keyword_where_it_can() -> None:
     class Mine(gp.TopKGate):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
