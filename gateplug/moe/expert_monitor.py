@@ -25,7 +25,8 @@ from gateplug.moe.mixture import MultiGateMoE
 from gateplug.moe.padding import Padding
 from gateplug.moe.routers import Router, find_routers, named_by, no_router
 from gateplug.moe.selection import warn_ahead, warn_frozen, warn_unreached
-from gateplug.moe.tally import Look, Report, StaticTally, Tally
+from gateplug.moe.static_tally import StaticTally
+from gateplug.moe.tally import Look, Report, Tally
 
 
 class ExpertMonitor(Plug):

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from gateplug.core.errors import listed
 from gateplug.core.figure import save
 from gateplug.core.processes import world_size
-from gateplug.moe.tally import Report, StaticTally, Tally
+from gateplug.moe.static_tally import StaticTally
+from gateplug.moe.tally import Report, Tally
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.core.objective import in_backward
-from gateplug.moe.families import Seen, switch
+from gateplug.moe.calls import Call, together
+from gateplug.moe.families import switch
 from gateplug.moe.functional import load_statistics
 from gateplug.moe.layers import DSelectK
 from gateplug.moe.padding import Padding
 from gateplug.moe.regulate import choices
 from gateplug.moe.routers import Router
-from gateplug.moe.routing import ExpertGate, Routing
-from gateplug.moe.rows import at_least_float32
+from gateplug.moe.routing import Routing
+from gateplug.moe.rows import at_least_float32, counted_rows
+
+_TOGETHER = 2**16
+"""Numbers (rows times experts) of the calls that are added in one go."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Tally:
         self.columns += ["limited", "dropped"] * self.limits + ["used", "unserved"] * self.counts_used + ["frozen"] * self.selects
         self.on = False
         self.sums: Tensor | None = None
+        self._calls: list[Call] = []
+        self._numbers = 0
 
     @property
     def selects(self) -> bool:
@@ -94,22 +100,43 @@ class Tally:
         return self.router.title
 
     def add(self, out: Any) -> None:
-        """Add one call of the router, whose output is `out`."""
+        """Add one call of the router, whose output is `out`.
+
+        Small calls are kept and added together: what each operation costs besides its arithmetic weighs on small models.
+        """
         seen = self.router.read(out, self.router.k)
         known, mask = self.padding.of(seen, self.router.side, self.title, self.tasks)
         if not known:
             return
-        with torch.no_grad():
-            table = self._table(seen, out)
-            table = table if mask is None else torch.where(mask, table, 0)
-            received = self._received(seen, out, mask)
-            chosen = received.sum(0) if self.weighted else choices(seen, mask, self.experts)
-            sums = torch.cat([chosen, received.flatten(), table.sum(-1)])
-            # counts go beyond the 2²⁴ of float32
-            self.sums = wide(sums) if self.sums is None else self.sums.add_(sums)
+        q, z = (out.weights, out.z) if isinstance(out, Routing) else (None, None)
+        call = Call(seen.logits, seen.assigned, seen.weights, seen.kept, seen.q, q, z, mask, seen.by_expert)
+        numbers = seen.rows * self.experts
+        if numbers >= _TOGETHER and not self._calls:
+            self._sum(call)
+            return
+        self._calls.append(call.kept())
+        self._numbers += numbers
+        if self._numbers >= _TOGETHER:
+            self._sum_calls()
+
+    def _sum_calls(self) -> None:
+        if self._calls:
+            calls, self._calls, self._numbers = self._calls, [], 0
+            self._sum(together(calls))
+
+    @torch.no_grad()
+    def _sum(self, call: Call) -> None:
+        table = self._table(call)
+        table = table if call.mask is None else torch.where(call.mask, table, 0)
+        received = self._received(call)
+        chosen = received.sum(0) if self.weighted else choices(call.seen(), call.mask, self.experts)
+        sums = torch.cat([chosen, received.flatten(), table.sum(-1)])
+        # counts go beyond the 2²⁴ of float32
+        self.sums = wide(sums) if self.sums is None else self.sums.add_(sums)
 
     def take(self, device: torch.device) -> Tensor:
         """The sums, on `device`, and start anew; zeros where the router did not run."""
+        self._sum_calls()
         sums, self.sums = self.sums, None
         if sums is None:
             return wide(torch.zeros(self.experts * (1 + self.tasks) + len(self.columns), device=device))
@@ -139,73 +166,36 @@ class Tally:
         tasks = received / (rows / self.tasks) if self.group is not None else None
         return Report(shares(chosen), numbers, tasks, choices=rows * (self.router.k or 1))
 
-    def _table(self, seen: Seen, out: Any) -> Tensor:
+    def _table(self, call: Call) -> Tensor:
         """(columns, T)."""
-        scores = seen.scores.detach().T  # (E, T): with few experts a softmax over the last dimension is slow
+        scores = call.seen().scores.detach().T  # (E, T): with few experts a softmax over the last dimension is slow
         scores = at_least_float32(scores)
-        p = scores.softmax(0) if seen.logits is not None else distribution(scores, 0)
+        p = scores.softmax(0) if call.logits is not None else distribution(scores, 0)
         confidence = p.amax(0)
         columns = [torch.ones_like(confidence), confidence, -(p.clamp_min(1e-30).log_() * p).sum(0)]
         if self.limits:
-            kept = seen.kept
+            kept = call.limit
             none = torch.zeros_like(confidence)
             columns += [none, none] if kept is None else [none + kept.shape[-1], (~kept).sum(-1).to(p.dtype)]
         if self.counts_used:
-            used = (out.weights != 0).sum(-1).to(p.dtype)
+            assert call.final is not None
+            used = (call.final != 0).sum(-1).to(p.dtype)
             columns += [used, (used == 0).to(p.dtype)]
         if self.gamma is not None:
-            columns.append((out.z.abs() >= self.gamma / 2).to(p.dtype).mean((-1, -2)))
+            assert call.z is not None
+            columns.append((call.z.abs() >= self.gamma / 2).to(p.dtype).mean((-1, -2)))
         return torch.stack(columns)
 
-    def _received(self, seen: Seen, out: Any, mask: Tensor | None) -> Tensor:
+    def _received(self, call: Call) -> Tensor:
         """(tasks, E): sum of the weights, what was dropped left out."""
-        if isinstance(out, Routing):
-            q = out.weights.detach()
-            q = q if mask is None else torch.where(mask[:, None], q, 0)
-            return q.reshape(-1, self.tasks, self.experts).sum(0)
-        zeros = torch.zeros(self.experts, device=seen.scores.device)
-        if seen.weights is None or seen.assigned is None:
+        if call.final is not None:
+            return counted_rows(call.final, call.mask).reshape(-1, self.tasks, self.experts).sum(0)
+        zeros = torch.zeros(self.experts, device=call.seen().scores.device)
+        if call.weights is None or call.assigned is None:
             return zeros[None]
-        weights = seen.weights.detach().float()
-        for limit in (seen.kept, None if mask is None else mask[:, None]):
-            weights = weights if limit is None else torch.where(limit, weights, 0)
-        return zeros.scatter_add_(0, seen.assigned.flatten(), weights.flatten())[None]
-
-
-class StaticTally:
-    """Static gates, side by side one row a task: their weights are read at the window's end, no batch is needed.
-
-    Args:
-        gates: of one number of experts.
-        title: their name.
-        group: name of the tasks, None for a gate that has none.
-    """
-
-    reduced = False
-    on = False
-
-    def __init__(self, gates: list[ExpertGate], title: str, group: str | None) -> None:
-        self.gates, self.title, self.group = gates, title, group
-        self.experts = gates[0].experts
-
-    def take(self, device: torch.device) -> Tensor:
-        """The weights, one row after the other, then the share of frozen bits of each selector, on `device`."""
-        frozen = [gate.frozen().flatten() for gate in self.gates if isinstance(gate, DSelectK)]
-        return wide(torch.cat([*(gate.weights().flatten() for gate in self.gates), *frozen]).to(device))
-
-    def report(self, sums: Tensor) -> Report:
-        """What these, on the CPU, say."""
-        n = self.experts * sum(gate.tasks or 1 for gate in self.gates)
-        q, frozen = sums[:n].view(-1, self.experts), sums[n:]
-        p = distribution(q)
-        used = (q != 0).sum(-1).to(q.dtype)
-        numbers = of_load(q.sum(0))
-        numbers["confidence"] = float(p.amax(-1).mean())
-        numbers["entropy"] = float(torch.special.entr(p).sum(-1).mean()) / math.log(self.experts)
-        numbers["experts_used"] = float(used.mean())
-        if len(frozen):
-            numbers["frozen_bits"] = float(frozen.mean())
-        return Report(shares(q.sum(0)), numbers, None if self.group is None else q, used)
+        weights = counted_rows(call.weights.float(), call.mask)
+        weights = weights if call.limit is None else torch.where(call.limit, weights, 0)
+        return zeros.scatter_add_(0, call.assigned.flatten(), weights.flatten())[None]
 
 
 def wide(sums: Tensor) -> Tensor:
