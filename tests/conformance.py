@@ -69,8 +69,8 @@ CASES: dict[str, Case] = {
         lambda: [gp.Upcycle(experts=4, k=2)],
         bad=[
             ({"experts": 1}, ValueError, "at least 2"),
-            ({"experts": 4.0}, TypeError, "whole numbers"),
-            ({"experts": True}, TypeError, "whole numbers"),
+            ({"experts": 4.0}, TypeError, "whole number"),
+            ({"experts": True}, TypeError, "whole number"),
             ({"k": 0}, ValueError, "1 … 8"),
             ({"k": 9}, ValueError, "1 … 8"),
             ({"gate": "topk"}, ValueError, "Did you mean 'top_k'"),
