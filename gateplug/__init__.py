@@ -16,6 +16,7 @@ from gateplug.core import (
     load,
 )
 from gateplug.data import Digits, ImageData, OverlaidImages, Ratings, SyntheticTasks, TextData, exact_loader
+from gateplug.early_exit import CalibrationError, ConformalCoverage, EarlyExit, ExitCalibration, ExitGate, ExitOutput, ExitRunner
 from gateplug.glu import FFN, GLU, ReplaceFFN
 from gateplug.moe import (
     DSelectK,
@@ -39,11 +40,18 @@ __version__ = "0.1.0"
 __all__ = [
     "FFN",
     "GLU",
+    "CalibrationError",
     "Classifier",
+    "ConformalCoverage",
     "Cost",
     "DSelectK",
     "Digits",
+    "EarlyExit",
     "ExactResume",
+    "ExitCalibration",
+    "ExitGate",
+    "ExitOutput",
+    "ExitRunner",
     "ExpertChoiceGate",
     "ExpertMLP",
     "ExpertMonitor",

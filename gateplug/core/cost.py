@@ -47,19 +47,27 @@ def cost(module: nn.Module, example: Any) -> Cost:
         module: any network.
         example: what it is called with: a mapping (keyword arguments), a tuple or list (positional), or one value.
     """
+    with counted_macs(module) as so_far:
+        call(module, example)
+        macs = so_far()
+    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+    return Cost(
+        macs=macs,
+        parameters=sum(p.numel() for p in module.parameters()),
+        bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+    )
+
+
+@contextmanager
+def counted_macs(module: nn.Module) -> Iterator[Callable[[], int]]:
+    """Count what is run while this lasts, `module` in eval mode and without gradient; gives a function: the MACs so far."""
     # a stand-in for the CPU kernel: its arguments begin with query, key, value as those of the other attention kernels
     mapping: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
     if hasattr(torch.ops.aten, "_grouped_mm"):
         mapping[torch.ops.aten._grouped_mm] = _grouped_product
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with still(module), _constant(module), ordinary_attention(), counter:
-        call(module, example)
-    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    return Cost(
-        macs=counter.get_total_flops() // 2,
-        parameters=sum(p.numel() for p in module.parameters()),
-        bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
-    )
+        yield lambda: counter.get_total_flops() // 2
 
 
 def latency(module: nn.Module, example: Any, runs: int = 30, warm_up: int = 5) -> Latency:

@@ -1,0 +1,61 @@
+"""Labels and inputs of a batch, whatever its form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def labels_of(batch: Any) -> Tensor:
+    """Class numbers (B,) of a batch: under `labels` (or `label`) of a mapping, or the last part of (inputs, labels).
+
+    Raises:
+        ValueError: there are none; one label a sample, a whole number, is needed.
+    """
+    found = batch
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in ("labels", "label") if key in batch), None)
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        found = batch[-1]
+    if not isinstance(found, Tensor) or found.is_floating_point() or found.dim() != 1:
+        what = "missing" if found is None else type(found).__name__
+        if isinstance(found, Tensor):
+            what = f"of shape {tuple(found.shape)} and {found.dtype}"
+        raise ValueError(
+            f"EarlyExit needs the class of each sample, and the batch's labels are {what}. They must be whole numbers (B,), "
+            "under the batch's key 'labels' or the last part of (inputs, labels)"
+        )
+    return found
+
+
+def first_sample(value: Any, size: int) -> Any:
+    """The first of `size` samples in a call's arguments: of tensors with that many rows."""
+    if isinstance(value, Tensor):
+        return value[:1].detach() if value.dim() and len(value) == size else value
+    if isinstance(value, Mapping):
+        return {key: first_sample(item, size) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(first_sample(item, size) for item in value)
+    return value
+
+
+def logits_of(out: Any) -> Tensor:
+    """Logits (B, C) in a network's output.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = out
+    if isinstance(out, Mapping):
+        found = out.get("logits")
+    elif isinstance(out, tuple | list) and out:
+        found = out[0]
+    if not isinstance(found, Tensor) or found.dim() != 2:
+        what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"EarlyExit needs logits (batch, classes) as what the network returns, or as its `logits`; it returned {what}"
+        )
+    return found.to(torch.promote_types(found.dtype, torch.float32))

@@ -1,0 +1,196 @@
+"""The part of EarlyExit that looks on: what exits say of a validation, and tests in which samples really leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gateplug.core.plug import Plug
+from gateplug.core.wrap import unwrap, wrap
+from gateplug.early_exit.batches import first_sample, labels_of, logits_of
+from gateplug.early_exit.branch import ExitBranch
+from gateplug.early_exit.costs import exit_costs
+from gateplug.early_exit.frozen import Frozen
+from gateplug.early_exit.runner import ExitRunner
+from gateplug.early_exit.schedule import Phase, Schedule
+from gateplug.early_exit.validation import ExitRecords, Seen, look, scores_of
+
+
+class JudgedExits(Plug):
+    """What :class:`EarlyExit` does in validation, test and prediction. It sets the arguments, `_branches` and `_net`."""
+
+    gate: str
+    mode: str
+    threshold: float
+    weighting: str
+    cost_weight: float
+    freeze_backbone: bool
+    cumulative: bool
+    warmup_epochs: int
+    every: int
+    seen: Seen | None
+    """What the last validation said."""
+    cost: Tensor | None
+    """(L,) of each exit, as a share of the whole network's."""
+    _branches: list[ExitBranch]
+    _net: nn.Module
+
+    def _begin(self) -> None:
+        self.seen, self.cost = None, None
+        self._branches, self._frozen = [], Frozen()
+        self._schedule: Schedule | None = None
+        self._restored: dict[str, Any] = {}
+        self._pos_weight: Tensor | None = None
+        self._phase: Phase | None = None
+        self._records: ExitRecords | None = None
+        self._labels: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
+        self._exits: list[Tensor] = []
+        self._running = False
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to record."""
+        if self._handles and not trainer.sanity_checking:
+            self._records = ExitRecords(len(self._branches) + 1).to(pl_module.device)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Listen."""
+        self._hear(self._records is not None)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Record."""
+        heads = [branch.logits for branch in self._branches]
+        if self._records is not None and self._logits is not None:
+            z = [h for h in heads if h is not None]
+            gates = self._gate_logits(z).sigmoid()
+            scores = scores_of(self.gate, self.mode, gates, torch.stack(z, 1))
+            self._records.update(scores, torch.stack([*z, self._logits], 1), labels_of(batch))
+        self._hear(False)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was seen; weigh the gates' classes by it; keep the best heads of a warm-up."""
+        records, self._records = self._records, None
+        if records is None or self.cost is None or self._schedule is None:
+            return
+        seen = look(records, self.threshold, self.cost, self.cost_weight, self.cumulative)
+        if seen is None:
+            return
+        self.seen, self._pos_weight = seen, seen.pos_weight
+        for i, accuracy in enumerate(seen.accuracy.tolist()):
+            pl_module.log(f"early_exit/exit{i}/accuracy", accuracy, sync_dist=True)
+            pl_module.log(f"early_exit/exit{i}/left", float(seen.left[i]), sync_dist=True)
+        pl_module.log("early_exit/accuracy", seen.answered, sync_dist=True, prog_bar=True)
+        pl_module.log("early_exit/cost", seen.cost, sync_dist=True, prog_bar=True)
+        if self._schedule.warm:
+            self._schedule.validated(seen.accuracy[:-1].tolist(), [branch.head for branch in self._branches])
+
+    # ------------------------------------------------------------------ test and prediction
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on samples leave."""
+        self._run_early(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The network as it was."""
+        unwrap(self._net, self)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log who left where."""
+        if self._exits:
+            exits = torch.cat(self._exits)
+            left = torch.bincount(exits, minlength=len(self._branches) + 1).double() / len(exits)
+            for i, share in enumerate(left.tolist()):
+                pl_module.log(f"early_exit/test/exit{i}/left", share, sync_dist=True)
+            if self.cost is not None:
+                pl_module.log("early_exit/test/cost", float(left @ self.cost), sync_dist=True)
+        self._exits = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on samples leave."""
+        self._run_early(pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The network as it was."""
+        unwrap(self._net, self)
+
+    def _run_early(self, module: LightningModule) -> None:
+        if self.cost is None and self._restored:
+            self.cost = self._restored["cost"]
+        trained = self._schedule if self._schedule is not None else self._restored.get("schedule")
+        warm = trained.warm if isinstance(trained, Schedule) else trained is None or bool(trained["warm"])
+        if warm and self.gate == "jei":
+            rank_zero_warn("EarlyExit: no phase of gates was run, so the gates that decide who leaves are untrained")
+        runner = ExitRunner(module)
+        self._exits = []
+        wrap(self._net, "forward", self, partial(self._early, runner))
+
+    def _early(self, runner: ExitRunner, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if self._running:  # the runner itself
+            return inner(*args, **kwargs)
+        self._running = True
+        try:
+            out = runner(*args, **kwargs)
+        finally:
+            self._running = False
+        self._exits.append(out.exit.cpu())
+        logits = out.logits.clone()  # an inference tensor outside of it
+        if runner.stages.stack.reads == "any":
+            return logits
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        return SequenceClassifierOutput(logits=logits)
+
+    # ------------------------------------------------------------------ listening
+
+    def _listen(self, on: bool) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        if on:
+            self._handles.append(self._net.register_forward_hook(self._answered, with_kwargs=True))
+
+    def _hear(self, on: bool) -> None:
+        self._logits = None
+        for branch in self._branches:
+            branch.listening = on
+            branch.forget()
+
+    def _answered(self, net: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        if not self._branches[0].listening:
+            return
+        heard = [branch.hidden for branch in self._branches]
+        self._logits = logits_of(out)
+        if self.cost is None:
+            self._check_classes()
+        if self.cost is None:
+            size = len(self._logits)
+            self._listen(False)  # the count calls the network once more
+            self.cost = exit_costs(net, self._branches, (first_sample(args, size), first_sample(kwargs, size)))
+            self._listen(True)
+            for branch, hidden in zip(self._branches, heard, strict=True):
+                branch.hidden = hidden
+
+    def _check_classes(self) -> None:
+        """Before the first loss: heads and network must speak of the same classes."""
+        head = self._branches[0].logits
+        if head is not None and self._logits is not None and head.shape != self._logits.shape:
+            raise ValueError(
+                f"the network gives logits of shape {tuple(self._logits.shape)}, and an exit {tuple(head.shape)}: give "
+                f"EarlyExit classes={self._logits.shape[-1]}"
+            )
+
+    def _gate_logits(self, logits: list[Tensor]) -> Tensor:
+        return torch.stack([branch.gate(z) for branch, z in zip(self._branches, logits, strict=True)], 1)

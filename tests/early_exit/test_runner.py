@@ -1,0 +1,176 @@
+"""ExitRunner: what it gives is what running everything and picking each sample's exit would give."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import gateplug as gp
+from gateplug.early_exit import functional as E
+from gateplug.early_exit.batches import logits_of
+from gateplug.early_exit.branch import ExitBranch
+from gateplug.early_exit.costs import exit_costs
+from gateplug.early_exit.stages import _rows
+from tests.early_exit.nets import NETS, Batch, Stacked, run
+
+RULES = [("jei", "official"), ("jei", "cdf"), ("jei", "hazard"), ("confidence", ""), ("entropy", ""), ("patience", "")]
+
+
+def with_exits(name: str, seed: int = 0) -> nn.Module:
+    """A network of the table with exits whose gates differ from sample to sample."""
+    torch.manual_seed(seed)
+    net = NETS[name][0]()
+    gp.EarlyExit().attach(net)
+    for m in net.modules():
+        if isinstance(m, ExitBranch):
+            nn.init.normal_(m.gate.linear.weight, std=4.0)
+            nn.init.normal_(m.head.weight, std=1.0)
+    return net.eval()
+
+
+def branches(net: nn.Module) -> list[ExitBranch]:
+    return [m for m in net.modules() if isinstance(m, ExitBranch)]
+
+
+@torch.no_grad()
+def everything(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of all exits (B, L, C), and gates (B, K)."""
+    for branch in branches(net):
+        branch.listening = True
+    last = logits_of(run(net, batch))
+    heads = [branch.logits for branch in branches(net)]
+    gates = torch.stack([b.gate(z).sigmoid() for b, z in zip(branches(net), heads, strict=True)], 1)
+    for branch in branches(net):
+        branch.listening = False
+        branch.forget()
+    return torch.stack([*heads, last], 1), gates
+
+
+def scores(rule: str, mode: str, logits: Tensor, gates: Tensor) -> Tensor:
+    if rule == "jei":
+        return E.exit_scores(gates, mode)
+    return {"confidence": E.confidence_scores, "entropy": E.entropy_scores, "patience": E.patience_scores}[rule](logits[:, :-1])
+
+
+@pytest.mark.parametrize("name", NETS)
+@settings(max_examples=12, deadline=None)
+@given(rows=st.integers(1, 7), rule=st.sampled_from(RULES), place=st.floats(0, 1), seed=st.integers(0, 3))
+def test_it_equals_running_everything(name: str, rows: int, rule: tuple[str, str], place: float, seed: int) -> None:
+    net = with_exits(name, seed)
+    batch = NETS[name][1](rows)
+    logits, gates = everything(net, batch)
+    s = scores(*rule, logits, gates)
+    levels = s.flatten().unique()
+    between = torch.cat([levels[:1] - 1, (levels[1:] + levels[:-1]) / 2, levels[-1:] + 1])  # where rounding does not matter
+    gaps = torch.cat([levels.new_ones(1), levels[1:] - levels[:-1], levels.new_ones(1)])
+    between = between[gaps > 1e-5]
+    threshold = float(between[int(place * (len(between) - 1))])
+    want = E.first_exit(s, threshold)
+    out = run(gp.ExitRunner(net, rule[0], threshold, rule[1] or "official"), batch)
+    assert torch.equal(out.exit, want)
+    assert torch.allclose(out.logits, logits[torch.arange(rows), want], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_thresholds_at_the_ends_send_all_away_at_once_or_nobody(name: str, rows: int) -> None:
+    net = with_exits(name)
+    batch = NETS[name][1](rows)
+    logits, _ = everything(net, batch)
+    early = gp.ExitRunner(net, threshold=0.0)
+    run(early, batch)  # the first time, a network of somebody's own is run as a whole, to see that it is a chain
+    calls = []
+    second = net.get_submodule(NETS[name][2][1])
+    handle = second.register_forward_hook(lambda *_: calls.append(1))
+    out = run(early, batch)
+    assert not calls, "nothing after the first exit is run"
+    assert out.exit.tolist() == [0] * rows
+    assert torch.allclose(out.logits, logits[:, 0], atol=1e-5)
+    out = run(gp.ExitRunner(net, threshold=1.5), batch)
+    handle.remove()
+    assert out.exit.tolist() == [logits.shape[1] - 1] * rows
+    assert torch.allclose(out.logits, logits[:, -1], atol=1e-5)
+
+
+def test_arguments_of_single_samples_follow_their_rows_and_no_others() -> None:
+    stay = torch.tensor([True, False, True])
+    mask = torch.randn(3, 1, 5, 5)
+    assert torch.equal(_rows("attention_mask", mask, stay), mask[stay])
+    shared = torch.randn(3, 3)
+    assert _rows("", shared, stay) is shared, "three tokens, three samples: of all of them"
+    positions = torch.arange(5).expand(3, 5)
+    assert len(_rows("position_ids", positions, stay)) == 2
+    one = torch.arange(5)[None]
+    assert _rows("position_ids", one, stay) is one
+    assert _rows("x", None, stay) is None
+
+
+def test_costs_are_those_of_the_exits(tmp_path: Any) -> None:
+    net = with_exits("sequential")
+    x = torch.randn(1, 6)
+    found = exit_costs(net, branches(net), ((x,), {}))
+    gate = 9 * 4 + 6
+    steps = [6 * 16 + 16 * 4 + gate, 16 * 4 + gate, 16 * 12 + 12 * 4 + gate, 12 * 4 + gate, 12 * 4]
+    total = torch.tensor(steps, dtype=torch.float64).cumsum(0)
+    assert torch.allclose(found, total / total[-1])
+    runner = gp.ExitRunner(net, threshold=0.5)
+    assert runner(x).cost is None
+    runner.costs = found
+    out = runner(torch.randn(5, 6))
+    assert torch.equal(out.cost, found[out.exit])
+
+
+def test_the_network_is_as_it_was_also_after_an_error_within() -> None:
+    net = with_exits("bert")
+    before, names = repr(net), list(net.state_dict())
+    batch = NETS["bert"][1](4)
+    runner = gp.ExitRunner(net, threshold=0.6)
+    run(runner, batch)
+
+    class Lost(RuntimeError):
+        pass
+
+    def lose(*_: Any) -> None:
+        raise Lost
+
+    handle = net.bert.pooler.register_forward_hook(lose)
+    with pytest.raises(Lost):
+        run(gp.ExitRunner(net, threshold=1.5), batch)
+    handle.remove()
+    assert repr(net) == before
+    assert list(net.state_dict()) == names
+    assert all("forward" not in layer.__dict__ and not layer._forward_pre_hooks for layer in net.bert.encoder.layer)
+    assert torch.allclose(run(runner, batch).logits, run(gp.ExitRunner(copy.deepcopy(net), threshold=0.6), batch).logits)
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    with pytest.raises(gp.PlugError, match="needs a module with exits"):
+        gp.ExitRunner(NETS["vit"][0]())
+    runner = gp.ExitRunner(with_exits("sequential"))
+    with pytest.raises(RuntimeError, match="for inference"):
+        runner.train()(torch.randn(2, 6))
+
+    net = Stacked(residual=True)
+    gp.EarlyExit().attach(net)
+    with pytest.raises(gp.PlugError, match=r"Stacked does something between blocks\.0 and blocks\.1: .*a residual"):
+        gp.ExitRunner(net)(torch.randn(2, 5, 6))
+
+    class Elsewhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.blocks[1](self.blocks[0](input=x)))
+
+    net = Elsewhere()
+    gp.EarlyExit().attach(net)
+    with pytest.raises(gp.PlugError, match="not called with a hidden tensor first|does not run its blocks"):
+        gp.ExitRunner(net)(torch.randn(2, 4))

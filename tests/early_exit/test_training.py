@@ -1,0 +1,271 @@
+"""EarlyExit in a Trainer: phases, what rests, what is restored, and tests in which samples leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gateplug as gp
+from gateplug.early_exit import functional as E
+from gateplug.early_exit.schedule import Schedule
+from tests.modules import UserModule, digits, loader, trainer, vit
+
+
+def exits(module: nn.Module) -> list[Any]:
+    """The branches of a module, in order."""
+    from gateplug.early_exit.branch import ExitBranch
+
+    return [m for m in module.modules() if isinstance(m, ExitBranch)]
+
+
+def fit(plug: gp.EarlyExit, tmp: Path, module: UserModule | None = None, *more: Any, **kwargs: Any) -> UserModule:
+    module = UserModule(lr=0.05) if module is None else module
+    settings = {"max_epochs": 2, **kwargs}
+    trainer(tmp, callbacks=[plug, *more], **settings).fit(module, loader(8), loader(8, shuffle=False))
+    return module
+
+
+class Watch(L.Callback):
+    """Gradients of heads and gates just before the optimizer, and weights after each batch."""
+
+    def __init__(self) -> None:
+        self.grads: list[tuple[bool, bool]] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        heads = any(p.grad is not None for b in exits(pl_module) for p in b.head.parameters())
+        gates = any(p.grad is not None for b in exits(pl_module) for p in b.gate.parameters())
+        self.grads.append((heads, gates))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.weights.append({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+
+def test_heads_and_gates_take_turns_and_who_rests_does_not_move(tmp_path: Path) -> None:
+    watch = Watch()
+    fit(gp.EarlyExit(cost_weight=0.1, warmup_epochs=1, every=2), tmp_path, None, watch)
+    warmup, turns = watch.grads[:8], watch.grads[8:]
+    assert warmup == [(True, False)] * 8
+    assert turns == [(False, True)] * 2 + [(True, False)] * 2 + [(False, True)] * 2 + [(True, False)] * 2
+    for before, after, (heads, gates) in zip(watch.weights[7:], watch.weights[8:], turns, strict=False):
+        moved = {k for k in after if not torch.equal(before[k], after[k])}
+        assert any(".exit.head." in k for k in moved) == heads
+        assert any(".exit.gate." in k for k in moved) == gates
+        assert all(".exit." in k for k in moved), "the network is frozen"
+
+
+@pytest.mark.parametrize("phase", ["warmup", "gate", "inference"])
+def test_the_term_of_each_phase_is_the_formula(phase: str, tmp_path: Path) -> None:
+    """Written out in float64 from the logits of the exits."""
+    module, found = UserModule(lr=0.0), {}
+    plug = gp.EarlyExit(cost_weight=0.4, warmup_epochs=1 if phase == "warmup" else 0, every=1)
+
+    class Look(L.Callback):
+        def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
+            if plug._phase == phase and not found:
+                (branch,) = exits(pl_module)
+                z, last = branch.logits.detach().double(), plug._logits.detach().double()
+                a = branch.gate(branch.logits.detach()).detach().double()
+                found.update(z=z, last=last, y=plug._labels, a=a, loss=loss.detach(), cost=plug.cost)
+
+    fit(plug, tmp_path, module, Look(), max_epochs=1)
+    ce = torch.stack([nn.functional.cross_entropy(found[k], found["y"], reduction="none") for k in ("z", "last")], 1)
+    own = ce[:, 1].mean()
+    if phase == "warmup":
+        term = 2 * ce[:, 0].mean() + ce[:, 1].mean()  # K + 1 − l = 2 for the only head, 1 for the network
+    elif phase == "gate":
+        target = (ce[:, 0] + 0.4 * found["cost"][0] <= ce[:, 1] + 0.4).double()
+        a = found["a"]
+        term = (target * nn.functional.softplus(-a) + (1 - target) * nn.functional.softplus(a)).mean()
+    else:
+        g = found["a"].sigmoid()
+        r = ce[:, 0] / (g * ce[:, 0])
+        term = (g * r * ce[:, 0]).mean()
+    assert float(found["loss"]) == pytest.approx(float(own + term), rel=1e-5)
+
+
+def test_costs_are_counted_from_what_is_run(tmp_path: Path) -> None:
+    plug = gp.EarlyExit(warmup_epochs=0)
+    fit(plug, tmp_path, max_epochs=1)
+    # 8 tokens: embedding 8·16, a block 2·16·32; the head on the mean 16·10, a gate 9·10 + 6; the network's head 16·10
+    first = 8 * (8 * 16 + 2 * 16 * 32) + 16 * 10 + 96
+    assert plug.cost.tolist() == pytest.approx([first / (first + 8 * 2 * 16 * 32 + 16 * 10), 1.0])
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_the_network_is_frozen_in_eval_mode_or_trained_and_given_back(freeze: bool, tmp_path: Path) -> None:
+    module = UserModule(lr=0.05, dropout=0.5)
+    start = {k: v.clone() for k, v in module.state_dict().items()}
+    modes: list[bool] = []
+
+    class Mode(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            modes.append(pl_module.net.blocks[0].drop.training)
+
+    fit(gp.EarlyExit(freeze_backbone=freeze, warmup_epochs=0, every=1), tmp_path, module, Mode())
+    assert set(modes) == {not freeze}
+    assert all(p.requires_grad for p in module.parameters())
+    assert module.net.blocks[0].drop.training
+    same = all(torch.equal(module.state_dict()[k], v) for k, v in start.items())
+    assert same == freeze
+
+
+def test_an_exit_sends_its_gradient_into_a_network_that_is_not_frozen(tmp_path: Path) -> None:
+    """Equal to adding the term to the loss by hand, with the exit written into the network."""
+    torch.manual_seed(0)
+    module = UserModule(lr=0.1)
+    plug = gp.EarlyExit(warmup_epochs=1, freeze_backbone=False)
+    plug.attach(module)
+    (branch,) = exits(module)
+    twin = UserModule(lr=0.1)
+    twin.net.load_state_dict({k: v for k, v in module.net.state_dict().items() if ".exit." not in k})
+    head = nn.Linear(16, 10)
+    head.load_state_dict(branch.head.state_dict())
+    x, y = next(iter(loader(8, shuffle=False)))
+    h = twin.net.blocks[0](twin.net.embed(x))
+    z0, z1 = head(h.mean(1)), twin.net.head(twin.net.blocks[1](h).mean(1))
+    ce0, ce1 = (nn.functional.cross_entropy(z, y) for z in (z0, z1))
+    (ce1 + 2 * ce0 + ce1).backward()
+    trainer(tmp_path, callbacks=[plug], max_steps=1, max_epochs=1).fit(module, loader(8, shuffle=False))
+    for name, p in twin.net.named_parameters():
+        assert torch.allclose(module.net.state_dict()[name], p - 0.1 * p.grad, atol=1e-6), name
+    assert torch.allclose(branch.head.weight, head.weight - 0.1 * head.weight.grad, atol=1e-6)
+
+
+def test_a_head_that_no_longer_improves_rests_with_its_best_weights() -> None:
+    heads = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    schedule = Schedule(2, warmup_epochs=6, every=1)
+    best = {k: v.clone() for k, v in heads[0].state_dict().items()}
+    for epoch, accuracies in enumerate([(0.5, 0.1), (0.4, 0.2), (0.5, 0.3)]):
+        schedule.validated(accuracies, heads)
+        assert not schedule.epoch_over(heads)
+        assert schedule.resting == [epoch == 2, False]
+        nn.init.constant_(heads[1].weight, float(epoch))
+        if epoch < 2:
+            nn.init.constant_(heads[0].weight, float(epoch))
+    assert all(torch.equal(v, best[k]) for k, v in heads[0].state_dict().items())
+    for _ in range(2):
+        assert schedule.warm
+        schedule.validated((0.9, 0.1), heads)
+        over = schedule.epoch_over(heads)
+    assert over, "all heads rest"
+    assert not schedule.warm
+    assert torch.equal(heads[1].weight, torch.full((2, 2), 1.0)), "the weights of the validation with .3"
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulate", "every", "length"), [(500, 1, 200, 200), (20, 1, 200, 10), (21, 2, 5, 6), (3, 2, 200, 2)]
+)
+def test_a_phase_is_whole_windows_and_not_more_than_half_of_the_epoch(
+    batches: int, accumulate: int, every: int, length: int
+) -> None:
+    schedule = Schedule(1, 0, every)
+    assert schedule.length(accumulate, batches) == length
+    phases = [schedule.phase(i, 0, accumulate, batches) for i in range(batches)]
+    assert set(phases) == {"gate", "inference"}
+    for i in range(0, batches, accumulate):
+        assert len(set(phases[i : i + accumulate])) == 1
+
+
+def test_one_window_an_epoch_alternates_by_epoch() -> None:
+    schedule = Schedule(1, 0, 200)
+    assert [schedule.phase(0, epoch, 4, 3) for epoch in range(4)] == ["gate", "inference"] * 2
+
+
+def test_in_a_test_samples_leave_and_the_modules_own_metric_is_of_what_the_exits_answer(tmp_path: Path) -> None:
+    module = UserModule(vit(), lr=0.05)
+    plug = gp.EarlyExit(gate="confidence", threshold=0.1, warmup_epochs=1)
+    t = trainer(tmp_path, callbacks=[plug], max_epochs=1)
+    t.fit(module, loader(8, image=True), loader(8, shuffle=False, image=True))
+    calls: list[int] = []
+    handle = module.net.vit.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    (result,) = t.test(module, loader(8, shuffle=False, image=True), verbose=False)
+    handle.remove()
+    assert not calls, "all leave at the first exit"
+    assert result["early_exit/test/exit0/left"] == 1
+    (branch,) = exits(module)
+    module.eval()
+    branch.listening = True
+    x, y = digits(image=True)[:]
+    with torch.no_grad():
+        module.net(x)
+        want = nn.functional.cross_entropy(branch.logits, y)
+    branch.listening = False
+    assert result["val_loss"] == pytest.approx(float(want), rel=1e-4)
+    assert "forward" not in module.net.__dict__
+
+
+def test_what_a_validation_says_is_of_all_its_samples(tmp_path: Path) -> None:
+    plug = gp.EarlyExit(cost_weight=0.2, warmup_epochs=0, every=1, threshold=0.6)
+    module = fit(plug, tmp_path, max_epochs=1)
+    (branch,) = exits(module)
+    module.eval()
+    branch.listening = True
+    x, y = digits()[:]
+    with torch.no_grad():
+        last = module(x)
+        z = branch.logits
+        g = branch.gate(z).sigmoid()[:, None]
+    exit_ = E.first_exit(E.exit_scores(g), 0.6)
+    answers = torch.where(exit_ == 0, z.argmax(-1), last.argmax(-1))
+    assert plug.seen is not None
+    assert plug.seen.answered == pytest.approx(float((answers == y).double().mean()))
+    assert plug.seen.cost == pytest.approx(float(plug.cost[exit_].mean()))
+    ce = torch.stack([nn.functional.cross_entropy(t, y, reduction="none") for t in (z, last)], 1)
+    assert torch.allclose(plug.seen.pos_weight, E.gate_pos_weight(E.best_exit(ce, plug.cost.float(), 0.2), 1))
+
+
+def test_what_would_not_be_as_meant_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="a phase takes 4 of them and not 200"):
+        fit(gp.EarlyExit(warmup_epochs=0), tmp_path)
+    with pytest.warns(UserWarning, match="ended within the warm-up"):
+        fit(gp.EarlyExit(warmup_epochs=5), tmp_path)
+    with pytest.warns(UserWarning, match="cost_weight=0: running on costs nothing"):
+        fit(gp.EarlyExit(cost_weight=0.0, warmup_epochs=0), tmp_path)
+    with pytest.warns(UserWarning, match=r"100\.0% of the validation's samples leave at exit 0 of 1 .*threshold=0"):
+        fit(gp.EarlyExit(threshold=0.0, warmup_epochs=0), tmp_path)
+    module = UserModule()
+    plug = gp.EarlyExit()
+    plug.attach(module)
+    with pytest.warns(UserWarning, match="the gates that decide who leaves are untrained"):
+        trainer(tmp_path, callbacks=[plug]).test(module, loader(8, shuffle=False), verbose=False)
+
+
+def test_heads_and_network_of_different_classes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\(8, 10\), and an exit \(8, 4\): give EarlyExit classes=10"):
+        fit(gp.EarlyExit(classes=4), tmp_path)
+
+
+def test_batches_without_classes_are_refused(tmp_path: Path) -> None:
+    class Numbers(UserModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).square().mean()
+
+    x, _ = digits(16)[:]
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.randn(16)), batch_size=8)
+    with pytest.raises(
+        ValueError, match=r"the class of each sample, and the batch's labels are of shape \(8,\) and torch.float32"
+    ):
+        trainer(tmp_path, callbacks=[gp.EarlyExit()], max_epochs=1).fit(Numbers(), data)
+
+
+def test_a_run_stopped_in_the_warm_up_goes_on_as_one_that_was_not(tmp_path: Path) -> None:
+    def run(folder: str, epochs: int, ckpt: str | None = None) -> tuple[UserModule, gp.EarlyExit]:
+        L.seed_everything(3, verbose=False)
+        module, plug = UserModule(lr=0.05), gp.EarlyExit(cost_weight=0.1, warmup_epochs=2, every=2)
+        t = trainer(tmp_path / folder, callbacks=[plug, gp.ExactResume()], max_epochs=epochs)
+        t.fit(module, loader(8), loader(8, shuffle=False), ckpt_path=ckpt)
+        t.save_checkpoint(tmp_path / f"{folder}.ckpt")
+        return module, plug
+
+    whole, plug = run("whole", 4)
+    run("half", 1)
+    resumed, again = run("rest", 4, str(tmp_path / "half.ckpt"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert torch.equal(plug.cost, again.cost)
+    assert torch.equal(plug._pos_weight, again._pos_weight)
