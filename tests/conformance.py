@@ -130,6 +130,8 @@ CASES: dict[str, Case] = {
             ({"features": ["margins"]}, ValueError, "Did you mean 'margin'"),
             ({"freeze_backbone": "no"}, TypeError, "True or False"),
             ({"lr_scale": -1.0}, ValueError, "≥ 0"),
+            ({"operating_point": {"macs": 0.5}}, ValueError, "'cost'"),
+            ({"operating_point": {"cost": 1.5}}, ValueError, "[0, 1]"),
             ({"at": 0}, ValueError, "≥ 1"),
             ({"at": 5}, gp.PlugError, "there are 2 blocks"),
             ({"at": "decoder.*"}, gp.PlugError, "at='decoder.*' finds no layer"),

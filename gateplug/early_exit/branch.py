@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -43,23 +44,37 @@ class Reading:
 class ExitBranch(Gate):
     """A head (the inference module of JEI-DNN) and a gate on the output of a block, which it passes on as it is.
 
-    Parameters: `head.…`, `gate.linear.…`.
+    Parameters: `head.…`, `gate.linear.…`; buffers `cost` and `threshold`, so that a runner finds them in a checkpoint.
 
     Args:
         head: rows (B, d) -> logits (B, C).
         gate: see :class:`ExitGate`.
         reading: what is read of the block's output.
         detached: whether the block gets no gradient from here.
+        threshold: of the rule that decides who leaves.
     """
 
     room: ClassVar[str] = "early_exit"
     axes: ClassVar[tuple[str, ...]] = ("exit",)
     whole: ClassVar[bool] = True
 
-    def __init__(self, head: nn.Module, gate: ExitGate, reading: Reading, detached: bool = True) -> None:
+    def __init__(
+        self,
+        head: nn.Module,
+        gate: ExitGate,
+        reading: Callable[[Tensor], Tensor],
+        detached: bool = True,
+        threshold: float = 0.5,
+    ) -> None:
         super().__init__()
         self.head, self.gate, self.detached = head, gate, detached
         self.reading = reading
+        self.register_buffer("cost", torch.full((), torch.nan))
+        """What leaving here costs, as a share of the whole network; NaN until it is counted."""
+        self.register_buffer("threshold", torch.full((), float(threshold)))
+        """Of the rule in use."""
+        self.cost: Tensor
+        self.threshold: Tensor
         self.listening = False
         """Whether the block's output in the running forward is wanted."""
         self.hidden: Tensor | None = None

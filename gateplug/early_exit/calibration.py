@@ -66,7 +66,7 @@ def bin_edges(confidence: Tensor, bins: int = 15, binning: str = "quantile") -> 
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15, binning: str = "quantile") -> Tensor:
-    """ECE = Σ_bins |Σ confidence − Σ correct| / N (arXiv 1706.04599, eq. 3), over all samples at once.
+    """ECE = Σ_bins abs(Σ confidence − Σ correct) / N (arXiv 1706.04599, eq. 3), over all samples at once.
 
     A confidence that lies on an edge belongs to the lower bin; one slightly above 1, as float32 has, counts as 1. The error of a
     part of the samples, averaged over parts, is another number and mostly noise.

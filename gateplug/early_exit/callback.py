@@ -16,6 +16,7 @@ from gateplug.early_exit.branch import ExitBranch, Reading
 from gateplug.early_exit.functional import FEATURES, MODES
 from gateplug.early_exit.layers import ExitGate
 from gateplug.early_exit.losses import WEIGHTINGS
+from gateplug.early_exit.operating import check_target
 from gateplug.early_exit.stacks import chosen_blocks, find_stack
 from gateplug.early_exit.training import TrainedExits
 from gateplug.early_exit.validation import RULES
@@ -49,6 +50,7 @@ class EarlyExit(TrainedExits):
         features: what gates see, names out of :data:`functional.FEATURES`.
         cumulative: balance a gate by the samples whose best exit is at or before it; False: at it, as the official code.
         lr_scale: factor on the learning rate of heads and gates, ≥ 0.
+        operating_point: `{"cost": share}` or `{"accuracy": share}`: fit the threshold to it in each validation after the warm-up.
 
     Raises:
         ValueError: a number out of its range, an unknown name.
@@ -79,6 +81,7 @@ class EarlyExit(TrainedExits):
         features: Sequence[str] = FEATURES,
         cumulative: bool = False,
         lr_scale: float = 1.0,
+        operating_point: dict[str, float] | None = None,
     ) -> None:
         for name, value, allowed in (("gate", gate, RULES), ("mode", mode, MODES), ("weighting", weighting, WEIGHTINGS)):
             if value not in allowed:
@@ -104,11 +107,12 @@ class EarlyExit(TrainedExits):
         if classes is not None and classes < 2:
             raise ValueError(f"classes={classes} must be at least 2")
         ExitGate(features)
+        check_target(operating_point)
         self.at, self.gate, self.cost_weight, self.mode, self.threshold = at, gate, cost_weight, mode, threshold
         self.weighting, self.head, self.pool, self.width, self.classes = weighting, head, pool, width, classes
         self.freeze_backbone = freeze_backbone
         self.warmup_epochs, self.every, self.features, self.cumulative = warmup_epochs, every, features, cumulative
-        self.lr_scale = lr_scale
+        self.lr_scale, self.operating_point = lr_scale, operating_point
         self.layers: Layers = "auto" if isinstance(at, int) else at
         self.group = GroupOptions(lr_scale)
         self.group = self.group if lr_scale != 1 else None
@@ -138,7 +142,7 @@ class EarlyExit(TrainedExits):
             reading: Any = Reading(stack.reads, through) if self.pool is None else self.pool
             with seeded(name, next(module.parameters())):
                 head = self.head(width, stack.classes) if callable(self.head) else nn.Linear(width, stack.classes)
-                branch = ExitBranch(head, ExitGate(self.features), reading, detached=self.freeze_backbone)
+                branch = ExitBranch(head, ExitGate(self.features), reading, self.freeze_backbone, self.threshold)
             branch.to(next(module.parameters()).device)
             edits.append(AddGate(name, branch, "exit", f"{type(head).__name__} {width}→{stack.classes}, {self.gate} gate"))
         return edits

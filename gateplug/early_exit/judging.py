@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gateplug.core.errors import PlugError
 from gateplug.core.plug import Plug
 from gateplug.core.wrap import unwrap, wrap
 from gateplug.early_exit.batches import first_sample, labels_of, logits_of
@@ -20,7 +21,7 @@ from gateplug.early_exit.costs import exit_costs
 from gateplug.early_exit.frozen import Frozen
 from gateplug.early_exit.runner import ExitRunner
 from gateplug.early_exit.schedule import Phase, Schedule
-from gateplug.early_exit.validation import ExitRecords, Seen, look, scores_of
+from gateplug.early_exit.validation import RULES, ExitRecords, Seen, look, scores_of
 
 
 class JudgedExits(Plug):
@@ -29,6 +30,7 @@ class JudgedExits(Plug):
     gate: str
     mode: str
     threshold: float
+    operating_point: dict[str, float] | None
     weighting: str
     cost_weight: float
     freeze_backbone: bool
@@ -77,7 +79,7 @@ class JudgedExits(Plug):
         if self._records is not None and self._logits is not None:
             z = [h for h in heads if h is not None]
             gates = self._gate_logits(z).sigmoid()
-            scores = scores_of(self.gate, self.mode, gates, torch.stack(z, 1))
+            scores = {rule: scores_of(rule, self.mode, gates, torch.stack(z, 1)) for rule in RULES}
             self._records.update(scores, torch.stack([*z, self._logits], 1), labels_of(batch))
         self._hear(False)
 
@@ -86,9 +88,15 @@ class JudgedExits(Plug):
         records, self._records = self._records, None
         if records is None or self.cost is None or self._schedule is None:
             return
-        seen = look(records, self.threshold, self.cost, self.cost_weight, self.cumulative)
+        target = None if self._schedule.warm else self.operating_point
+        try:
+            seen = look(records, self.gate, self.threshold, target, self.cost, self.cost_weight, self.cumulative)
+        except ValueError as error:
+            raise PlugError(f"EarlyExit cannot fit operating_point={target}: {error}") from error
         if seen is None:
             return
+        for branch in self._branches:
+            branch.threshold.fill_(seen.threshold)
         self.seen, self._pos_weight = seen, seen.pos_weight
         for i, accuracy in enumerate(seen.accuracy.tolist()):
             pl_module.log(f"early_exit/exit{i}/accuracy", accuracy, sync_dist=True)
@@ -115,8 +123,9 @@ class JudgedExits(Plug):
             left = torch.bincount(exits, minlength=len(self._branches) + 1).double() / len(exits)
             for i, share in enumerate(left.tolist()):
                 pl_module.log(f"early_exit/test/exit{i}/left", share, sync_dist=True)
-            if self.cost is not None:
-                pl_module.log("early_exit/test/cost", float(left @ self.cost), sync_dist=True)
+            cost = [float(branch.cost) for branch in self._branches]
+            if cost[0] == cost[0]:  # counted
+                pl_module.log("early_exit/test/cost", float(left @ torch.tensor([*cost, 1.0]).double()), sync_dist=True)
         self._exits = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,8 +137,6 @@ class JudgedExits(Plug):
         unwrap(self._net, self)
 
     def _run_early(self, module: LightningModule) -> None:
-        if self.cost is None and self._restored:
-            self.cost = self._restored["cost"]
         trained = self._schedule if self._schedule is not None else self._restored.get("schedule")
         warm = trained.warm if isinstance(trained, Schedule) else trained is None or bool(trained["warm"])
         if warm and self.gate == "jei":
@@ -180,8 +187,9 @@ class JudgedExits(Plug):
             self._listen(False)  # the count calls the network once more
             self.cost = exit_costs(net, self._branches, (first_sample(args, size), first_sample(kwargs, size)))
             self._listen(True)
-            for branch, hidden in zip(self._branches, heard, strict=True):
+            for branch, hidden, cost in zip(self._branches, heard, self.cost[:-1].tolist(), strict=True):
                 branch.hidden = hidden
+                branch.cost.fill_(cost)
 
     def _check_classes(self) -> None:
         """Before the first loss: heads and network must speak of the same classes."""

@@ -35,7 +35,8 @@ class ExitRunner(nn.Module):
     Args:
         module: a network or LightningModule to which :class:`EarlyExit` is attached (or was trained with).
         gate: who decides, as in :class:`EarlyExit`; None: as it was trained.
-        threshold: a sample leaves at the first exit whose score reaches it; None: as it was trained. 0: all at the first exit.
+        threshold: a sample leaves at the first exit whose score reaches it, 0: all at the first exit; None: as it was trained, or
+            fitted to an operating point.
         mode: how gates become a decision; None: as it was trained.
 
     Raises:
@@ -53,12 +54,14 @@ class ExitRunner(nn.Module):
             raise PlugError("ExitRunner needs a module with exits: attach gp.EarlyExit to it, or open a checkpoint with gp.load")
         arguments = record.arguments
         self.gate = str(arguments["gate"] if gate is None else gate)
-        self.threshold = float(arguments["threshold"] if threshold is None else threshold)
         self.mode = str(arguments["mode"] if mode is None else mode)
         self.stages: Stages = stages_of(module)
         self.net = self.stages.net
-        self.costs: Tensor | None = None
-        """(L,) of each exit; set it from `EarlyExit.cost` to have costs in the output."""
+        exits = list(self.stages.branches.values())
+        self.threshold = float(exits[0].threshold if threshold is None else threshold)
+        costs = torch.tensor([*(float(branch.cost) for branch in exits), 1.0])
+        self.costs = None if bool(costs.isnan().any()) else costs
+        """(L,) of each exit, as a training has counted them; None before."""
         self.eval()
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from gateplug.core.errors import PlugError
+from gateplug.core.figure import save
 from gateplug.core.graph import keep
 from gateplug.core.table import print_table
 from gateplug.core.wrap import unwrap
@@ -17,7 +20,9 @@ from gateplug.early_exit.batches import labels_of
 from gateplug.early_exit.functional import best_exit, exit_probabilities
 from gateplug.early_exit.judging import JudgedExits
 from gateplug.early_exit.losses import gate_loss, gate_targets, inference_loss, warmup_loss
+from gateplug.early_exit.operating import at_equal_cost, draw, nearest_point, write_csv
 from gateplug.early_exit.schedule import Schedule, rest
+from gateplug.early_exit.validation import Seen
 
 
 class TrainedExits(JudgedExits):
@@ -154,6 +159,7 @@ class TrainedExits(JudgedExits):
                 "larger lr_scale or a longer training may help"
             )
         if self.seen is not None and self.cost is not None:
+            self._show(trainer, pl_module, self.seen, self.cost)
             names = [*(str(i) for i in range(len(self._branches))), "network"]
             rows = zip(names, self.cost.tolist(), self.seen.accuracy.tolist(), self.seen.left.tolist(), strict=True)
             columns = ("exit", "cost", "accuracy of all", "share that leaves")
@@ -167,6 +173,40 @@ class TrainedExits(JudgedExits):
             unwrap(self._net, self)
         self._frozen.release()
         self._phase, self._labels = None, None
+
+    def threshold_for(self, *, cost: float | None = None, accuracy: float | None = None, gate: str | None = None) -> float:
+        """The threshold of a rule that meets a target on the last validation.
+
+        Args:
+            cost: mean share of the network's multiply-adds that may be spent; or
+            accuracy: share of right answers to reach, by the cheapest threshold.
+            gate: the rule; None for the one in use.
+
+        Raises:
+            ValueError: not one target, or it cannot be met (says what can).
+            PlugError: there was no validation.
+        """
+        if self.seen is None:
+            raise PlugError(
+                "EarlyExit has seen no validation: a threshold is fitted to its samples. Give the fit a validation set"
+            )
+        return nearest_point(self.seen.points[gate or self.gate], cost, accuracy)
+
+    def _show(self, trainer: Trainer, module: LightningModule, seen: Seen, cost: Tensor) -> None:
+        """Table, picture and CSV of the operating points."""
+        folder = trainer.log_dir or trainer.default_root_dir
+        if not trainer.is_global_zero:
+            return
+        print_table("Accuracy at equal cost (validation)", ("cost at most", *seen.points), at_equal_cost(seen.points))
+        title = f"early_exit: operating points at step {trainer.global_step}"
+        figure = draw(seen.points, cost, seen.accuracy, (seen.cost, seen.answered), title)
+        for logger in trainer.loggers:
+            board: Any = getattr(logger, "experiment", None)
+            if hasattr(board, "add_figure"):
+                board.add_figure("early_exit/operating_points", figure, global_step=trainer.global_step, close=False)
+        if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            save(figure, Path(folder) / "figures" / "early_exit_operating_points.png")
+            write_csv(seen.points, Path(folder) / "early_exit_operating_points.csv")
 
     # ------------------------------------------------------------------ state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,13 @@ from gateplug.early_exit.functional import (
     entropy_scores,
     exit_scores,
     first_exit,
+    fit_threshold,
     gate_pos_weight,
     patience_scores,
 )
 from gateplug.early_exit.metrics import Pooled
+from gateplug.early_exit.operating import operating_points
+from gateplug.early_exit.thresholds import Sweep
 
 RULES = ("jei", "confidence", "entropy", "patience")
 """How it is decided who leaves."""
@@ -37,6 +41,10 @@ class Seen(NamedTuple):
     """Mean cost, as a share of the whole network's."""
     pos_weight: Tensor
     """(K,) of the gates' loss."""
+    points: dict[str, Sweep]
+    """Rule -> what each of its thresholds comes to."""
+    threshold: float
+    """The one in use."""
 
 
 def scores_of(rule: str, mode: str, gates: Tensor, logits: Tensor) -> Tensor:
@@ -56,28 +64,51 @@ class ExitRecords(Pooled):
     def __init__(self, exits: int) -> None:
         super().__init__(
             {
-                "scores": ((exits - 1,), torch.float32),
+                **dict.fromkeys(RULES, ((exits - 1,), torch.float32)),
                 "correct": ((exits,), torch.bool),
                 "ce": ((exits,), torch.float32),
             }
         )
         self.exits = exits
 
-    def update(self, scores: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: scores (B, K), logits of every exit (B, L, C), labels (B,)."""
+    def update(self, scores: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: scores (B, K) by rule, logits of every exit (B, L, C), labels (B,)."""
         ce = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(-1, self.exits), reduction="none")
-        self.add(scores=scores, correct=logits.argmax(-1) == labels[:, None], ce=ce)
+        self.add(**scores, correct=logits.argmax(-1) == labels[:, None], ce=ce)
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (N, K), correctness (N, L), cross-entropies (N, L) of all samples, on the CPU."""
-        return tuple(self.all(name).cpu() for name in ("scores", "correct", "ce"))  # type: ignore[return-value]
+    def compute(self) -> dict[str, Tensor]:
+        """Scores (N, K) by rule, `correct` (N, L) and `ce` (N, L) of all samples, on the CPU."""
+        return {name: self.all(name).cpu() for name in (*RULES, "correct", "ce")}
 
 
-def look(records: ExitRecords, threshold: float, cost: Tensor, cost_weight: float, cumulative: bool) -> Seen | None:
-    """What the records say; None without a sample."""
-    scores, correct, ce = records.compute()
-    if not len(scores):
+def look(
+    records: ExitRecords,
+    rule: str,
+    threshold: float,
+    target: Mapping[str, float] | None,
+    cost: Tensor,
+    cost_weight: float,
+    cumulative: bool,
+) -> Seen | None:
+    """What the records say; None without a sample.
+
+    Args:
+        records: of a validation.
+        rule: who decides.
+        threshold: of the rule.
+        target: a cost or an accuracy that the threshold is fitted to instead; see :func:`functional.fit_threshold`.
+        cost: (L,).
+        cost_weight: λ.
+        cumulative: of the gates' weights.
+    """
+    found = records.compute()
+    correct, ce = found["correct"], found["ce"]
+    if not len(ce):
         return None
+    scores = found[rule]
+    if target is not None:
+        fitted = {f"target_{name}": value for name, value in target.items()}
+        threshold = fit_threshold(scores, cost, correct=correct, **fitted)
     exits = first_exit(scores, threshold)
     left = torch.bincount(exits, minlength=records.exits).double() / len(exits)
     best = best_exit(ce, cost.to(ce.dtype), cost_weight)
@@ -88,4 +119,6 @@ def look(records: ExitRecords, threshold: float, cost: Tensor, cost_weight: floa
         float(correct.gather(1, exits[:, None]).double().mean()),
         float(left @ cost.double()),
         gate_pos_weight(best, records.exits - 1, cumulative),
+        operating_points({name: found[name] for name in RULES}, cost, correct),
+        threshold,
     )

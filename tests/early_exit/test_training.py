@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 import gateplug as gp
@@ -234,6 +237,64 @@ def test_what_would_not_be_as_meant_is_said(tmp_path: Path) -> None:
     plug.attach(module)
     with pytest.warns(UserWarning, match="the gates that decide who leaves are untrained"):
         trainer(tmp_path, callbacks=[plug]).test(module, loader(8, shuffle=False), verbose=False)
+
+
+@pytest.mark.parametrize(("point", "gate"), [({"cost": 0.9}, "jei"), ({"accuracy": 0.2}, "jei"), ({"cost": 0.95}, "confidence")])
+def test_the_threshold_is_fitted_to_an_operating_point_and_found_in_the_checkpoint(
+    point: dict[str, float], gate: str, tmp_path: Path
+) -> None:
+    module, plug = UserModule(lr=0.1), gp.EarlyExit(gate=gate, warmup_epochs=1, every=1, operating_point=point)
+    t = trainer(tmp_path, callbacks=[plug], max_epochs=4)
+    t.fit(module, loader(8), loader(8, shuffle=False))
+    assert plug.seen is not None
+    (name, value), one = next(iter(point.items())), plug.seen.points[gate]
+    assert plug.seen.threshold == plug.threshold_for(**{name: value})
+    for threshold, cost, accuracy in zip(one.threshold.tolist(), one.cost.tolist(), one.accuracy.tolist(), strict=True):
+        if name == "cost":
+            assert cost > value or threshold <= plug.seen.threshold, "the dearest that is affordable"
+        else:
+            assert accuracy < value or threshold >= plug.seen.threshold, "the cheapest that is good enough"
+    t.save_checkpoint(tmp_path / "exits.ckpt")
+    loaded = gp.load(tmp_path / "exits.ckpt", UserModule(lr=0.1))
+    runner = gp.ExitRunner(loaded)
+    assert runner.threshold == pytest.approx(plug.seen.threshold)
+    x, y = digits()[:]
+    out = runner(x)
+    assert float((out.logits.argmax(-1) == y).double().mean()) == pytest.approx(plug.seen.answered)
+    assert float(out.cost.mean()) == pytest.approx(plug.seen.cost, rel=1e-5)
+
+
+def test_an_operating_point_out_of_reach_says_what_can_be_reached(tmp_path: Path) -> None:
+    with pytest.raises(gp.PlugError, match=r"cannot fit operating_point=\{'cost': 0\.01\}: .*0\."):
+        fit(gp.EarlyExit(warmup_epochs=0, operating_point={"cost": 0.01}), tmp_path)
+    plug = gp.EarlyExit(warmup_epochs=0)
+    with pytest.raises(gp.PlugError, match="has seen no validation"):
+        plug.threshold_for(cost=0.5)
+    fit(plug, tmp_path)
+    with pytest.raises(ValueError, match="no threshold costs at most 0.01: the least is 0"):
+        plug.threshold_for(cost=0.01)
+    with pytest.raises(ValueError, match="give one target"):
+        plug.threshold_for()
+
+
+def test_operating_points_are_drawn_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plug = gp.EarlyExit(warmup_epochs=1, every=1)
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(plug, tmp_path, UserModule(lr=0.1), max_epochs=3, logger=logger)
+    said = capsys.readouterr().out
+    assert "Accuracy at equal cost" in said
+    assert plug.seen is not None
+    with (Path(logger.log_dir) / "early_exit_operating_points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for rule, one in plug.seen.points.items():
+        mine = [row for row in rows if row["rule"] == rule]
+        assert [float(row["cost"]) for row in mine] == pytest.approx(one.cost.tolist(), rel=1e-6)
+        assert [float(row["accuracy"]) for row in mine] == pytest.approx(one.accuracy.tolist(), rel=1e-6)
+        # the ends: all at the first exit (patience never leaves there), and nobody
+        assert float(mine[-1]["accuracy"]) == pytest.approx(float(plug.seen.accuracy[-1]))
+    assert (Path(logger.log_dir) / "figures" / "early_exit_operating_points.png").stat().st_size > 5000
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
+    assert "early_exit/operating_points" in events.Tags()["images"]
 
 
 def test_heads_and_network_of_different_classes_are_refused(tmp_path: Path) -> None:

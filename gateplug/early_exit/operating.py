@@ -1,0 +1,119 @@
+"""Operating points: what every threshold of every rule comes to on the same trained exits."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from gateplug.early_exit.functional import Sweep, sweep
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TARGETS = ("cost", "accuracy")
+"""What a threshold can be fitted to."""
+_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+_COLORS = {"jei": "#2166ac", "confidence": "#d6604d", "entropy": "#4d9221", "patience": "#8c8c8c"}
+
+
+def check_target(target: Mapping[str, float] | None) -> None:
+    """Raise ValueError unless it is None, or one of `cost` in (0, 1] and `accuracy` in [0, 1]."""
+    if target is None:
+        return
+    good = isinstance(target, Mapping) and len(target) == 1 and next(iter(target)) in TARGETS
+    value = next(iter(target.values())) if good else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(
+            f"operating_point={target!r} must be {{'cost': share of the network's multiply-adds}} or {{'accuracy': share of "
+            "right answers}, a number in [0, 1]"
+        )
+
+
+def operating_points(scores: Mapping[str, Tensor], cost: Tensor, correct: Tensor) -> dict[str, Sweep]:
+    """The sweep of each rule; patience, which leaves after agreements, has K + 1 points.
+
+    Args:
+        scores: rule -> (N, K).
+        cost: (L,).
+        correct: (N, L) bool.
+    """
+    return {rule: sweep(values, cost, correct) for rule, values in scores.items()}
+
+
+def nearest_point(one: Sweep, cost: float | None, accuracy: float | None) -> float:
+    """The threshold of a sweep that meets a target, by the rules of :func:`functional.fit_threshold`.
+
+    Raises:
+        ValueError: none or both targets, or one that cannot be met.
+    """
+    if (cost is None) == (accuracy is None):
+        raise ValueError(f"give one target: cost={cost!r} or accuracy={accuracy!r}")
+    assert one.accuracy is not None
+    if cost is not None:
+        within = (one.cost <= cost + 1e-9).nonzero().flatten()
+        if not len(within):
+            raise ValueError(f"no threshold costs at most {cost:g}: the least is {float(one.cost.min()):.4g}")
+        return float(one.threshold[within[-1]])
+    assert accuracy is not None
+    reached = (one.accuracy >= accuracy - 1e-12).nonzero().flatten()
+    if not len(reached):
+        raise ValueError(f"no threshold reaches an accuracy of {accuracy:g}: the best is {float(one.accuracy.max()):.4g}")
+    return float(one.threshold[reached[0]])
+
+
+def at_equal_cost(points: Mapping[str, Sweep]) -> list[tuple[str, ...]]:
+    """Rows of a table: the most that may be spent, and each rule's accuracy at its dearest point within it."""
+    rows = []
+    for share in _SHARES:
+        found = []
+        for one in points.values():
+            assert one.accuracy is not None
+            within = (one.cost <= share + 1e-9).nonzero().flatten()
+            found.append(f"{float(one.accuracy[within[-1]]):.4f}" if len(within) else "")
+        if any(found):
+            rows.append((f"{share:g}", *found))
+    return rows
+
+
+def write_csv(points: Mapping[str, Sweep], path: Path) -> None:
+    """All points: rule, threshold, mean cost, accuracy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(("rule", "threshold", "cost", "accuracy"))
+        for rule, one in points.items():
+            assert one.accuracy is not None
+            for row in zip(one.threshold.tolist(), one.cost.tolist(), one.accuracy.tolist(), strict=True):
+                out.writerow((rule, *(f"{value:.9g}" for value in row)))
+
+
+def draw(points: Mapping[str, Sweep], cost: Tensor, accuracy: Tensor, chosen: tuple[float, float], title: str) -> Figure:
+    """Accuracy against cost, a line a rule, a mark for each exit if all samples left there, and the point that is used.
+
+    Args:
+        points: rule -> sweep.
+        cost: (L,) of the exits.
+        accuracy: (L,) of the exits on all samples.
+        chosen: cost and accuracy of the threshold in use.
+        title: of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for rule, one in points.items():
+        assert one.accuracy is not None
+        axes.plot(
+            one.cost.numpy(), one.accuracy.numpy(), color=_COLORS.get(rule), label=rule, linewidth=1.6, marker=".", markersize=2
+        )
+    axes.plot(cost.tolist(), accuracy.tolist(), "x", color="black", label="all samples at one exit")
+    axes.plot(*chosen, "o", color="black", fillstyle="none", markersize=9, label="threshold in use")
+    axes.set(xlabel="mean cost, share of the network's multiply-adds", ylabel="accuracy on validation samples")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
