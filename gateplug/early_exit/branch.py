@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,13 +17,15 @@ class Reading:
     """What an exit reads of a block's output: rows (B, d).
 
     Args:
-        reads: `token`: the first token of (B, T, d); `maps`: through the model's pooler, flattened; `any`: rows as they are, the
-            mean over tokens, the mean over height and width.
+        reads: `token`: the first token of (B, T, d); `last`: the last one that is no padding; `maps`: through the model's pooler,
+            flattened; `any`: rows as they are, the mean over tokens, the mean over height and width.
         through: a module of the network's own before that (its last norm) or instead (its pooler). It stays the network's.
     """
 
     def __init__(self, reads: str, through: nn.Module | None = None) -> None:
         self.reads, self.through = reads, through
+        self.places: Tensor | None = None
+        """(B,) of the last tokens of the running batch, see :func:`last_places`; set by whoever runs the network."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Read."""
@@ -31,14 +33,33 @@ class Reading:
             assert self.through is not None
             maps: Tensor = self.through(hidden)
             return maps.flatten(1)
-        if self.reads == "token":
+        if self.reads in ("token", "last"):
             # only the token that is read goes through the norm, which works token by token
             first = hidden[:, :1]
+            if self.reads == "last":
+                assert self.places is not None
+                first = hidden[torch.arange(len(hidden), device=hidden.device), self.places][:, None]
             rows: Tensor = first if self.through is None else self.through(first)
             return rows[:, 0]
         if hidden.dim() == 2:
             return hidden
         return hidden.mean(1) if hidden.dim() == 3 else hidden.mean((2, 3))
+
+
+def last_places(args: tuple[Any, ...], kwargs: Mapping[str, Any], pad: int | None) -> Tensor:
+    """(B,) place of the last token of each text that is not `pad`, from the arguments of a language model.
+
+    Raises:
+        ValueError: the call has no input_ids.
+    """
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(ids, Tensor):
+        raise ValueError(
+            "EarlyExit needs input_ids to find the last token of each text: inputs_embeds do not tell what is padding"
+        )
+    if pad is None:
+        return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+    return ((ids != pad) * torch.arange(ids.shape[1], device=ids.device)).argmax(-1)
 
 
 class ExitBranch(Gate):

@@ -16,7 +16,7 @@ from gateplug.core.errors import PlugError
 from gateplug.core.plug import Plug
 from gateplug.core.wrap import unwrap, wrap
 from gateplug.early_exit.batches import first_sample, labels_of, logits_of
-from gateplug.early_exit.branch import ExitBranch
+from gateplug.early_exit.branch import ExitBranch, Reading, last_places
 from gateplug.early_exit.costs import exit_costs
 from gateplug.early_exit.frozen import Frozen
 from gateplug.early_exit.runner import ExitRunner
@@ -168,12 +168,18 @@ class JudgedExits(Plug):
             self._handles.pop().remove()
         if on:
             self._handles.append(self._net.register_forward_hook(self._answered, with_kwargs=True))
+            self._handles.append(self._net.register_forward_pre_hook(self._called, with_kwargs=True))
 
     def _hear(self, on: bool) -> None:
         self._logits = None
         for branch in self._branches:
             branch.listening = on
             branch.forget()
+
+    def _called(self, net: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        for branch in self._branches:
+            if isinstance(branch.reading, Reading) and branch.reading.reads == "last":
+                branch.reading.places = last_places(args, kwargs, net.config.pad_token_id)  # type: ignore[union-attr, arg-type]
 
     def _answered(self, net: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         if not self._branches[0].listening:
@@ -182,10 +188,12 @@ class JudgedExits(Plug):
         self._logits = logits_of(out)
         if self.cost is None:
             self._check_classes()
-        if self.cost is None:
             size = len(self._logits)
+            one = (first_sample(args, size), first_sample(kwargs, size))
             self._listen(False)  # the count calls the network once more
-            self.cost = exit_costs(net, self._branches, (first_sample(args, size), first_sample(kwargs, size)))
+            self._called(net, *one)
+            self.cost = exit_costs(net, self._branches, one)
+            self._called(net, args, kwargs)
             self._listen(True)
             for branch, hidden, cost in zip(self._branches, heard, self.cost[:-1].tolist(), strict=True):
                 branch.hidden = hidden

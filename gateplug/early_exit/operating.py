@@ -107,9 +107,8 @@ def draw(points: Mapping[str, Sweep], cost: Tensor, accuracy: Tensor, chosen: tu
     axes = figure.subplots()
     for rule, one in points.items():
         assert one.accuracy is not None
-        axes.plot(
-            one.cost.numpy(), one.accuracy.numpy(), color=_COLORS.get(rule), label=rule, linewidth=1.6, marker=".", markersize=2
-        )
+        x, y = one.cost.tolist(), one.accuracy.tolist()
+        axes.step(x, y, where="post", color=_COLORS.get(rule), label=rule, linewidth=1.6)
     axes.plot(cost.tolist(), accuracy.tolist(), "x", color="black", label="all samples at one exit")
     axes.plot(*chosen, "o", color="black", fillstyle="none", markersize=9, label="threshold in use")
     axes.set(xlabel="mean cost, share of the network's multiply-adds", ylabel="accuracy on validation samples")

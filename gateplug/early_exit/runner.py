@@ -12,7 +12,7 @@ from gateplug.core.errors import PlugError
 from gateplug.early_exit.batches import logits_of
 from gateplug.early_exit.branch import ExitBranch
 from gateplug.early_exit.functional import confidence_scores, entropy_scores, score_at
-from gateplug.early_exit.stages import Stages, stages_of
+from gateplug.early_exit.stages import Flow, Stages, stages_of
 
 
 class ExitOutput(NamedTuple):
@@ -74,6 +74,12 @@ class ExitRunner(nn.Module):
         if self.training:
             raise RuntimeError("ExitRunner is for inference: call eval() on it")
         flow = self.stages.begin(args, kwargs)
+        try:
+            return self._run(flow)
+        finally:
+            self.stages.place(None)
+
+    def _run(self, flow: Flow) -> ExitOutput:
         size = flow.size
         rows = torch.arange(size, device=flow.device)
         logits: Tensor | None = None

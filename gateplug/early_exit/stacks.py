@@ -21,7 +21,7 @@ class Family:
     blocks: tuple[str, ...]
     """Where its list of blocks may be, newest release first."""
     reads: str
-    """`token`: the first token; `maps`: feature maps through the model's own pooler."""
+    """`token`: the first token; `last`: the last one that is no padding; `maps`: feature maps through the model's own pooler."""
     through: str = ""
     """A module of the model's own that every exit goes through: its last norm, or its pooler."""
     widths: Widths = lambda config, block: int(config.hidden_size)
@@ -36,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "DistilBertForSequenceClassification": Family(
         ("distilbert.transformer.layer",), "token", widths=lambda config, block: int(config.dim)
     ),
+    "GPT2ForSequenceClassification": Family(("transformer.h",), "last", "transformer.ln_f"),
     "ResNetForImageClassification": Family(
         ("resnet.encoder.stages",), "maps", "resnet.pooler", lambda config, block: int(config.hidden_sizes[block])
     ),

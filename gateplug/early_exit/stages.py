@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.core.errors import PlugError
-from gateplug.early_exit.branch import ExitBranch
+from gateplug.early_exit.branch import ExitBranch, Reading, last_places
 from gateplug.early_exit.stacks import Stack, find_stack
 
 
@@ -44,9 +44,13 @@ class Stages:
             PlugError: the network does not call its first block with one hidden tensor first.
         """
         if self.sequential:
-            if len(args) != 1 or kwargs:
-                raise PlugError("an nn.Sequential takes one tensor")
-            return Flow(self, args[0], (), {}, args, kwargs)
+            given = [*args, *kwargs.values()]
+            if len(given) != 1 or not isinstance(given[0], Tensor):
+                raise PlugError(f"an nn.Sequential takes one tensor, got {len(args)} arguments and {sorted(kwargs)}")
+            return Flow(self, given[0], (), {}, args, kwargs)
+        if self.stack.reads == "last":  # a cache would hold the keys of samples that have left
+            kwargs = {**kwargs, "use_cache": False}
+            self.place(last_places(args, kwargs, self.net.config.pad_token_id))  # type: ignore[union-attr, arg-type]
         if not self._checked:
             self._check_chain(args, kwargs)
             self._checked = True
@@ -70,6 +74,12 @@ class Stages:
             )
         (hidden, *rest), k = reached[0]
         return Flow(self, hidden, tuple(rest), k, args, kwargs)
+
+    def place(self, places: Tensor | None) -> None:
+        """Tell exits that read the last token where it is."""
+        for branch in self.branches.values():
+            if isinstance(branch.reading, Reading):
+                branch.reading.places = places
 
     def _check_chain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run a network of somebody's own once, and see that each block is called, once, with what the one before it gave.
@@ -137,6 +147,9 @@ class Flow:
         self.named = {key: _rows(key, value, stay) for key, value in self.named.items()}
         self.args = tuple(_inputs(value, stay, before) for value in self.args)
         self.kwargs = {key: _inputs(value, stay, before) for key, value in self.kwargs.items()}
+        reading = next(iter(self.stages.branches.values())).reading
+        if isinstance(reading, Reading) and reading.places is not None:
+            self.stages.place(reading.places[stay])
 
     def end(self) -> Any:
         """Run the blocks that are left and what comes after them, on the rows that are left."""

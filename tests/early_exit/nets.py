@@ -56,6 +56,13 @@ def _resnet() -> nn.Module:
     return hf.ResNetForImageClassification(config)
 
 
+def _gpt2(attention: str) -> nn.Module:
+    config = hf.GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=3, n_head=2, n_positions=24, num_labels=4, pad_token_id=0, attn_implementation=attention
+    )
+    return hf.GPT2ForSequenceClassification(config)
+
+
 def _distil() -> nn.Module:
     config = hf.DistilBertConfig(
         vocab_size=32, dim=16, n_layers=3, n_heads=2, hidden_dim=32, max_position_embeddings=24, num_labels=4, pad_token_id=0
@@ -89,6 +96,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch], list[str]
         texts, [f"roberta.encoder.layer.{i}" for i in range(3)], [16] * 3,
     ),
     "distilbert": (_distil, texts, [f"distilbert.transformer.layer.{i}" for i in range(3)], [16] * 3),
+    "gpt2": (lambda: _gpt2("sdpa"), texts, [f"transformer.h.{i}" for i in range(3)], [16] * 3),
+    "gpt2_eager": (lambda: _gpt2("eager"), texts, [f"transformer.h.{i}" for i in range(3)], [16] * 3),
     "resnet": (_resnet, images, [f"resnet.encoder.stages.{i}" for i in range(3)], [8, 16, 32]),
     "sequential": (
         lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)),

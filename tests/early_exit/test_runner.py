@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gateplug as gp
 from gateplug.early_exit import functional as E
 from gateplug.early_exit.batches import logits_of
-from gateplug.early_exit.branch import ExitBranch
+from gateplug.early_exit.branch import ExitBranch, last_places
 from gateplug.early_exit.costs import exit_costs
 from gateplug.early_exit.stages import _rows
 from tests.early_exit.nets import NETS, Batch, Stacked, run
@@ -43,6 +43,8 @@ def everything(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits of all exits (B, L, C), and gates (B, K)."""
     for branch in branches(net):
         branch.listening = True
+        if branch.reading.reads == "last":
+            branch.reading.places = last_places((), batch, 0)
     last = logits_of(run(net, batch))
     heads = [branch.logits for branch in branches(net)]
     gates = torch.stack([b.gate(z).sigmoid() for b, z in zip(branches(net), heads, strict=True)], 1)
@@ -96,6 +98,18 @@ def test_thresholds_at_the_ends_send_all_away_at_once_or_nobody(name: str, rows:
     handle.remove()
     assert out.exit.tolist() == [logits.shape[1] - 1] * rows
     assert torch.allclose(out.logits, logits[:, -1], atol=1e-5)
+
+
+def test_the_last_token_is_the_rightmost_that_is_no_padding() -> None:
+    net = NETS["gpt2"][0]().eval()
+    ids = torch.tensor([[5, 0, 7, 0], [0, 0, 3, 4], [6, 0, 0, 0]])
+    assert last_places((ids,), {}, 0).tolist() == [2, 3, 0]
+    assert last_places((), {"input_ids": ids}, None).tolist() == [3, 3, 3]
+    hidden = net.transformer(input_ids=ids, use_cache=False).last_hidden_state
+    rows = hidden[torch.arange(3), last_places((ids,), {}, 0)]
+    assert torch.allclose(net.score(rows), net(input_ids=ids, use_cache=False).logits, atol=1e-6), "as the model itself reads"
+    with pytest.raises(ValueError, match="needs input_ids"):
+        last_places((), {"inputs_embeds": hidden}, 0)
 
 
 def test_arguments_of_single_samples_follow_their_rows_and_no_others() -> None:
