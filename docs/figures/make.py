@@ -165,9 +165,29 @@ def run(folder: Path, picture: str, train: Callable[[str], object]) -> None:
         shutil.copy(found, folder / f"{picture}.png")
 
 
+def early_exit_operating_points(folder: Path, epochs: int = 60) -> None:
+    """Accuracy against cost of the recipe with early exits."""
+    recipe, limit = str(HERE.parents[1] / "recipes" / "early_exit_digits.yaml"), ["--trainer.max_epochs", str(epochs)]
+    limit += ["--trainer.callbacks.warmup_epochs", str(epochs // 3)]
+    run(
+        folder,
+        "early_exit_operating_points",
+        lambda root: gateplug(["fit", "-c", recipe, *limit, "--trainer.default_root_dir", root]),
+    )
+
+
 FIGURES = {
     f.__name__: f
-    for f in (tempered_sigmoid, glu_activations, glu_gates, units_gates, smooth_step, moe_experts_over_time, exact_resume)
+    for f in (
+        tempered_sigmoid,
+        glu_activations,
+        glu_gates,
+        units_gates,
+        smooth_step,
+        moe_experts_over_time,
+        early_exit_operating_points,
+        exact_resume,
+    )
 }
 
 if __name__ == "__main__":

@@ -150,4 +150,5 @@ class EarlyExit(TrainedExits):
     def _settle(self, module: nn.Module) -> None:
         super()._settle(module)
         self._branches = [gate for gate in self.gates(module).values() if isinstance(gate, ExitBranch)]
-        self._net = module.get_submodule(find_stack(module, self.classes).net)
+        stack = find_stack(module, self.classes)
+        self._net, self._classes = module.get_submodule(stack.net), stack.classes

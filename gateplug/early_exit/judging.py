@@ -41,6 +41,7 @@ class JudgedExits(Plug):
     """What the last validation said."""
     cost: Tensor | None
     """(L,) of each exit, as a share of the whole network's."""
+    _classes: int
     _branches: list[ExitBranch]
     _net: nn.Module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,22 @@ class TrainedExits(JudgedExits):
             self.cost, self._pos_weight = self._restored["cost"], self._restored["pos_weight"]
         elif self.cost_weight == 0 and self.gate == "jei":
             rank_zero_warn("EarlyExit with cost_weight=0: running on costs nothing, so that hardly a sample will leave early")
+        if self.gate == "jei" and self.cost_weight >= math.log(self._classes):
+            rank_zero_warn(
+                f"EarlyExit with cost_weight={self.cost_weight} ≥ ln {self._classes}, what a blind guess loses: a wrong answer "
+                "is cheaper than the network, and all samples will leave at the first exit"
+            )
         self._listen(True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what a short epoch changes."""
         super().on_train_start(trainer, pl_module)
         assert self._schedule is not None
+        if not trainer.enable_validation:
+            rank_zero_warn(
+                "EarlyExit without validation data: heads are not kept at their best, gates are not balanced by what is best for "
+                "whom, and there are no operating points. Give the fit a validation set"
+            )
         length = self._schedule.length(trainer.accumulate_grad_batches, trainer.num_training_batches)
         if length < self.every and self.gate == "jei":
             rank_zero_warn(

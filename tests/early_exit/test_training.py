@@ -250,6 +250,10 @@ def test_what_would_not_be_as_meant_is_said(tmp_path: Path) -> None:
         fit(gp.EarlyExit(warmup_epochs=5), tmp_path)
     with pytest.warns(UserWarning, match="cost_weight=0: running on costs nothing"):
         fit(gp.EarlyExit(cost_weight=0.0, warmup_epochs=0), tmp_path)
+    with pytest.warns(UserWarning, match=r"cost_weight=2\.4 ≥ ln 10"):
+        fit(gp.EarlyExit(cost_weight=2.4, warmup_epochs=0), tmp_path)
+    with pytest.warns(UserWarning, match="without validation data: heads are not kept"):
+        trainer(tmp_path, callbacks=[gp.EarlyExit(warmup_epochs=0)], max_epochs=1).fit(UserModule(), loader(8))
     with pytest.warns(UserWarning, match=r"100\.0% of the validation's samples leave at exit 0 of 1 .*threshold=0"):
         fit(gp.EarlyExit(threshold=0.0, warmup_epochs=0), tmp_path)
     module = UserModule()
