@@ -131,8 +131,9 @@ class EarlyExit(TrainedExits):
     def plan(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterable[Edit]:
         """An exit on each block."""
         stack = find_stack(module, self.classes)
-        named = self.at if isinstance(self.at, list | tuple) else layers
-        asked = [next(iter(select(module, name, {}, "at"))) for name in named] if named is self.at else list(layers)
+        # names of a list keep their order, which is checked; `layers` has that of the model
+        several = self.at if isinstance(self.at, list | tuple) else []
+        asked = [name for text in several for name in select(module, text, {}, self.chooser)] or list(layers)
         edits: list[Edit] = []
         for name in chosen_blocks(stack, asked):
             width = self.width or stack.widths[stack.block_of(name)]

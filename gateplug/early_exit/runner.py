@@ -71,7 +71,7 @@ class ExitRunner(nn.Module):
         Raises:
             RuntimeError: in training mode, in which a batch that shrinks would change what BatchNorm sees.
         """
-        if self.training:
+        if self.training or self.net.training:
             raise RuntimeError("ExitRunner is for inference: call eval() on it")
         flow = self.stages.begin(args, kwargs)
         try:

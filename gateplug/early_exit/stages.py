@@ -127,6 +127,8 @@ class Flow:
         self.args, self.kwargs = args, kwargs
         self.size = len(hidden)
         self.next = 0
+        self.beside: list[int | None] = []
+        """What each block that was run gives beside the hidden tensor: how many values, None where it gives the tensor alone."""
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +138,7 @@ class Flow:
     def block(self, i: int) -> None:
         """Run block i."""
         out = self.stages.layers[i](self.hidden, *self.rest, **self.named)
+        self.beside.append(None if isinstance(out, Tensor) else len(out) - 1)
         self.hidden = out if isinstance(out, Tensor) else out[0]
         self.next = i + 1
 
@@ -160,7 +163,7 @@ class Flow:
         # the network once more, on the inputs of these rows, with the blocks that were run giving what they gave
         own = [(layer, layer.__dict__.get("forward")) for layer in self.stages.layers[: self.next]]
         for i, (layer, _) in enumerate(own):
-            layer.__dict__["forward"] = _Given(self.hidden if i == self.next - 1 else None)
+            layer.__dict__["forward"] = _Given(self.hidden if i == self.next - 1 else None, self.beside[i])
         try:
             return self.stages.net(*self.args, **self.kwargs)
         finally:
@@ -173,11 +176,12 @@ class Flow:
 class _Given:
     """Stands in for the forward of a block that was run already."""
 
-    def __init__(self, hidden: Tensor | None) -> None:
-        self.hidden = hidden
+    def __init__(self, hidden: Tensor | None, beside: int | None) -> None:
+        self.hidden, self.beside = hidden, beside
 
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden if self.hidden is None else self.hidden
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = hidden if self.hidden is None else self.hidden
+        return given if self.beside is None else (given, *[None] * self.beside)
 
 
 def stages_of(module: nn.Module) -> Stages:

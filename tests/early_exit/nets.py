@@ -15,7 +15,7 @@ _VISION = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 8,
     "patch_size": 4, "num_channels": 1, "num_labels": 4,
 }  # fmt: skip
-_TEXT = {
+TEXT = {
     "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 24, "num_labels": 4, "pad_token_id": 0,
 }  # fmt: skip
@@ -36,6 +36,28 @@ class Stacked(nn.Module):
         for block in self.blocks:
             x = x + block(x) if self.residual else block(x)
         return self.head(x.mean(1))
+
+
+class Pairs(nn.Module):
+    """Blocks that return a tuple, as those of older releases do."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return self.linear(x).tanh(), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block() for _ in range(3)])
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)[0]
+        return self.head(x)
 
 
 def images(rows: int) -> Batch:
@@ -84,15 +106,15 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch], list[str]
     "vit": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**_VISION)), images, [f"vit.layers.{i}" for i in range(3)], [16] * 3),
     "deit": (lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**_VISION)), images, [f"deit.layers.{i}" for i in range(3)], [16] * 3),
     "bert": (
-        lambda: hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)),
+        lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT)),
         texts, [f"bert.encoder.layer.{i}" for i in range(3)], [16] * 3,
     ),
     "bert_eager": (
-        lambda: hf.BertForSequenceClassification(hf.BertConfig(**_TEXT, attn_implementation="eager")),
+        lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT, attn_implementation="eager")),
         texts, [f"bert.encoder.layer.{i}" for i in range(3)], [16] * 3,
     ),
     "roberta": (
-        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**_TEXT)),
+        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**TEXT)),
         texts, [f"roberta.encoder.layer.{i}" for i in range(3)], [16] * 3,
     ),
     "distilbert": (_distil, texts, [f"distilbert.transformer.layer.{i}" for i in range(3)], [16] * 3),
@@ -104,6 +126,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch], list[str]
         lambda rows: (torch.randn(rows, 6),), ["0", "1", "2", "3", "4"], [16, 16, 12, 12, 4],
     ),
     "convolutions": (_convolutions, lambda rows: (torch.randn(rows, 1, 8, 8),), ["0", "1", "2", "3", "4"], [8, 12, 12, None, 4]),
+    "pairs": (Pairs, lambda rows: (torch.randn(rows, 6),), ["blocks.0", "blocks.1", "blocks.2"], [6] * 3),
     "stacked": (Stacked, lambda rows: (torch.randn(rows, 5, 6),), ["blocks.0", "blocks.1", "blocks.2"], [16] * 3),
 }  # fmt: skip
 """Name -> (network, batch of some rows, its blocks, their widths); all have four classes."""

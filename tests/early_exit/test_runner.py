@@ -169,6 +169,10 @@ def test_what_cannot_be_run_is_refused() -> None:
     runner = gp.ExitRunner(with_exits("sequential"))
     with pytest.raises(RuntimeError, match="for inference"):
         runner.train()(torch.randn(2, 6))
+    behind = gp.ExitRunner(with_exits("convolutions"))
+    behind.net.train()
+    with pytest.raises(RuntimeError, match="for inference"):
+        behind(torch.randn(2, 1, 8, 8))
 
     net = Stacked(residual=True)
     gp.EarlyExit().attach(net)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gateplug as gp
 from gateplug.early_exit.branch import ExitBranch
 from gateplug.early_exit.stacks import chosen_blocks, find_stack
-from tests.early_exit.nets import NETS, run
+from tests.early_exit.nets import NETS, TEXT, run
 from tests.modules import UserModule
 
 
@@ -45,11 +45,21 @@ def test_exits_by_number_name_and_pattern() -> None:
     stack = find_stack(net)
     assert chosen_blocks(stack, 2) == ["1", "3"]
     assert chosen_blocks(stack, None) == ["0", "1", "2", "3"]
-    for at, want in ((3, ["2"]), (["0", "3"], ["0", "3"]), ("class:Tanh", ["1"])):
+    for at, want in ((3, ["2"]), (["0", "3"], ["0", "3"]), ("class:Tanh", ["1"]), (["class:Tanh", "class:ReLU"], ["1", "3"])):
         plug = gp.EarlyExit(at=at)
         copy = NETS["sequential"][0]()
         plug.attach(copy)
         assert list(plug.describe(copy)) == want
+
+
+def test_a_pattern_in_a_list_stands_for_all_that_it_finds() -> None:
+    net = NETS["bert"][0]()
+    plug = gp.EarlyExit(at=["bert.encoder.layer.0", "layer.1"])
+    plug.attach(net)
+    assert list(plug.describe(net)) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    deeper = hf.BertForSequenceClassification(hf.BertConfig(**{**TEXT, "num_hidden_layers": 12}))
+    gp.EarlyExit(at=["layer.?"]).attach(deeper)
+    assert sum(isinstance(m, ExitBranch) for m in deeper.modules()) == 10, "layers 0 to 9"
 
 
 class Plain(nn.Module):
