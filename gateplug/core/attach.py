@@ -120,7 +120,7 @@ class Attachable:
         for value in self.terms(module).values():
             loss = loss + value.to(loss.device)
         if self._injection is not None:
-            self._injection.values = {}
+            self._injection.clear()
             self._injection.watch(loss)
         return loss
 

@@ -9,7 +9,7 @@ gradient; only the injection keeps it when reentrant activation checkpointing ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from gateplug.core.wrap import unwrap, wrap
 
 _SLOT = "_gateplug_objective"
+
+Value = Callable[[], Tensor]
+"""A scalar without a graph, computed when somebody asks for it: most steps are not logged."""
 
 
 def in_backward() -> bool:
@@ -31,7 +34,15 @@ class Injection:
 
     def __init__(self) -> None:
         self.scale: Tensor | None = None
-        self.values: dict[str, Tensor] = {}
+        self._values: list[tuple[str, Value]] = []
+
+    def values(self) -> dict[str, Tensor]:
+        """The terms that were put in since :meth:`clear`, by name; those of one name are added up."""
+        return added_up((name, value()) for name, value in self._values)
+
+    def clear(self) -> None:
+        """Forget the values: a step begins."""
+        self._values = []
 
     def add(self, x: Tensor, name: str, term: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `x` and, in backward, add the gradient of `term(x)` to its gradient.
@@ -59,13 +70,14 @@ class Injection:
         with torch.autocast(x.device.type, enabled=False):
             leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32))
             if not torch.is_grad_enabled():  # reentrant checkpointing runs the layer first where nothing is differentiated
-                return self.send(carriers, x, None, {name: term(leaf)})
+                early = term(leaf)
+                return self.send(carriers, x, None, {name: lambda: early})
             value = term(leaf.requires_grad_())
             (gradient,) = torch.autograd.grad(value, leaf)
-        return self.send(carriers, x, gradient, {name: value.detach()})
+        return self.send(carriers, x, gradient, {name: value.detach})
 
     def send(
-        self, carriers: Sequence[Tensor], x: Tensor, gradient: Tensor | None, values: Mapping[str, Tensor]
+        self, carriers: Sequence[Tensor], x: Tensor, gradient: Tensor | None, values: Mapping[str, Value]
     ) -> tuple[Tensor, ...]:
         """As :meth:`tether` for terms whose gradient is known.
 
@@ -73,14 +85,13 @@ class Injection:
             carriers: as in :meth:`tether`.
             x: any shape.
             gradient: of the sum of the terms with respect to `x`; None: the values count, and nothing is put in.
-            values: the weighted terms by name, `<room>/<term>`, without a graph.
+            values: the weighted terms by name, `<room>/<term>`.
 
         Returns:
             The carriers; go on with these.
         """
         if not in_backward():
-            for name, value in values.items():
-                self.values[name] = self.values[name] + value if name in self.values else value
+            self._values.extend(values.items())
         if gradient is None or not carriers or not torch.is_grad_enabled():
             return tuple(carriers)
         injected: tuple[Tensor, ...] = _Inject.apply(gradient, self, x, *carriers)  # type: ignore[no-untyped-call]
@@ -130,6 +141,7 @@ class Objective:
         self.module = module
         self.injection = Injection()
         self.sources: list[Terms] = []
+        self._values: list[tuple[str, Tensor]] = []
 
     @staticmethod
     def of(module: nn.Module) -> Objective:
@@ -153,32 +165,32 @@ class Objective:
             unwrap(self.module, self)
             self.module.__dict__.pop(_SLOT, None)
 
-    def total(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add all terms to `loss`.
-
-        Returns:
-            The sum, which backward must start from, and the detached value of each term and injection by `<room>/<term>`.
-        """
-        values, self.injection.values = self.injection.values, {}
+    def total(self, loss: Tensor) -> Tensor:
+        """Add all terms to `loss`: the sum, which backward must start from."""
+        self._values = []
         for source in self.sources:
             for name, value in source.terms(self.module).items():
                 loss = loss + value.to(loss.device)
-                full = f"{source.room}/{name}"  # two plugs of one room add up, as in the loss
-                values[full] = values[full] + value.detach() if full in values else value.detach()
+                self._values.append((f"{source.room}/{name}", value.detach()))
         self.injection.watch(loss)
-        return loss, values
+        return loss
+
+    def values(self) -> dict[str, Tensor]:
+        """The detached value of each term and injection of the last total, by `<room>/<term>`; one name's are added up."""
+        return added_up([*self.injection.values().items(), *self._values])
 
     def around_step(self, step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Stand around `training_step`: a tensor or a mapping with "loss" gets the terms, None (a skipped batch) stays."""
-        self.injection.values, self.injection.scale = {}, None
+        self.injection.clear()
+        self.injection.scale = None
         out = step(*args, **kwargs)
         loss = out.get("loss") if isinstance(out, Mapping) else out
         if not isinstance(loss, Tensor):
             return out
-        total, values = self.total(loss)
-        if values and self._logging():
+        total = self.total(loss)
+        if self._logging():
             samples = batch_size(args[0] if args else next(iter(kwargs.values()), None))
-            for name, value in values.items():
+            for name, value in self.values().items():
                 self.module.log(name, value, batch_size=samples)  # type: ignore[operator]
         return {**out, "loss": total} if isinstance(out, Mapping) else total
 
@@ -189,6 +201,14 @@ class Objective:
         steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         ending: bool = trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step + 1
         return ending or (every > 0 and steps % every == 0)
+
+
+def added_up(values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Values of one name as one."""
+    found: dict[str, Tensor] = {}
+    for name, value in values:
+        found[name] = found[name] + value if name in found else value
+    return found
 
 
 def batch_size(batch: Any) -> int:

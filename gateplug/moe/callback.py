@@ -233,7 +233,7 @@ class RegulateRouters(Plug):
     def table(self) -> dict[str, dict[str, float]]:
         """Of each router, its terms in the last batch, without their factors."""
         values = {name.removesuffix(".tap"): r.values for name, r in self._regulators.items() if r.values}
-        return {name: {term: float(v) for term, v in terms.items()} for name, terms in values.items()}
+        return {name: {term: float(value()) for term, value in terms.items()} for name, terms in values.items()}
 
     def _release(self, module: nn.Module) -> None:
         super()._release(module)

@@ -4,12 +4,43 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from gateplug.moe.families import Seen
 from gateplug.moe.routers import Side
+
+
+class Counted:
+    """Which rows of a router count, and what its terms need of that: the same for all routers of a batch, so computed once."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        """(T,) bool."""
+        self._choices: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def number(self) -> Tensor:
+        """Rows that count, a scalar in float32."""
+        return self.mask.sum().float()
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """(T,) float32: 1 for a row that counts, 0 for padding."""
+        return self.mask.float()
+
+    def choices(self, k: int) -> tuple[Tensor, Tensor]:
+        """Of k choices a row: (T · k,) float32, 1 for one that counts; and their number, at least 1, a scalar."""
+        if k not in self._choices:
+            self._choices[k] = self.ones[:, None].expand(-1, k).flatten(), (self.number * k).clamp_min(1)
+        return self._choices[k]
+
+    @cached_property
+    def share(self) -> Tensor:
+        """(T,) float32: the part of each row in a mean over those that count, 0 for padding and where none counts."""
+        return self.ones / self.number.clamp_min(1)
 
 
 class Padding:
@@ -23,11 +54,12 @@ class Padding:
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
         self.samples = 0
+        self._counted: dict[tuple[str, int], tuple[Tensor, Counted]] = {}
         self._warned = False
 
     def read(self, batch: Any) -> None:
         """Take the masks of a batch: `attention_mask`; for a decoder `decoder_attention_mask`, else labels other than -100."""
-        self.masks, self.samples = {}, 0
+        self.clear()
         for part in _mappings(batch):
             mask = part.get("attention_mask")
             if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -40,10 +72,10 @@ class Padding:
 
     def clear(self) -> None:
         """Forget the batch."""
-        self.masks, self.samples = {}, 0
+        self.masks, self.samples, self._counted = {}, 0, {}
 
-    def of(self, seen: Seen, side: Side, router: str, tasks: int = 1) -> tuple[bool, Tensor | None]:
-        """Whether rows can be told from padding, and their mask `(rows,)` if there is one.
+    def of(self, seen: Seen, side: Side, router: str, tasks: int = 1) -> tuple[bool, Counted | None]:
+        """Whether rows can be told from padding, and which of them count if not all do.
 
         Args:
             seen: what the router did.
@@ -55,7 +87,11 @@ class Padding:
         if seen.masked or mask is None or rows == self.samples:
             return True, None
         if mask.numel() == rows:
-            return True, mask if tasks == 1 else mask.repeat_interleave(tasks)
+            source, counted = self._counted.get((side, tasks), (None, None))
+            if source is not mask or counted is None:
+                counted = Counted(mask if tasks == 1 else mask.repeat_interleave(tasks))
+                self._counted[side, tasks] = mask, counted
+            return True, counted
         if not self._warned:
             self._warned = True
             warnings.warn(

@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gateplug.core.gate import Gate
-from gateplug.core.objective import in_backward
+from gateplug.core.objective import Value, in_backward
 from gateplug.core.processes import world_size
 from gateplug.moe.families import Read, Seen, tapped
 from gateplug.moe.functional import importance
 from gateplug.moe.outputs import carried, replaced
-from gateplug.moe.padding import Padding
+from gateplug.moe.padding import Counted, Padding
 from gateplug.moe.routers import Side
 from gateplug.moe.rows import counted_rows
-from gateplug.moe.terms import Weights, logit_terms, row_shares
+from gateplug.moe.terms import Weights, logit_terms
 
 
 class Regulator(Gate):
@@ -60,7 +60,7 @@ class Regulator(Gate):
         self.read, self.k, self.name, self.experts, self.weights = read, k, name, experts, weights
         self.padding, self.tasks, self.everywhere, self.counting = padding, tasks, everywhere, counting
         self.side, self.own = side, own
-        self.values: dict[str, Tensor] = {}
+        self.values: dict[str, Value] = {}
         """Terms of the last batch, without their factors."""
         self.load: Tensor | None = None
         """(E,) rows that each expert was chosen for, since the last optimizer step."""
@@ -74,42 +74,36 @@ class Regulator(Gate):
         if not (self.training and (self.injection is not None or self.counting or self.recording)):
             return out
         seen = self.read(out, self.k)
-        known, mask = self.padding.of(seen, self.side, self.name, self.tasks)
+        known, counted = self.padding.of(seen, self.side, self.name, self.tasks)
         if not known:
             return out
-        counts = choices(seen, mask, self.experts)
+        counts = choices(seen, counted, self.experts)
         # a gate of gateplug shows its openness by itself
         if self.recording and seen.assigned is not None and self.read is not tapped:
             chosen = counts.new_zeros(seen.rows, self.experts).scatter(-1, seen.assigned, 1.0)
-            self.record(chosen if mask is None else chosen[mask])
+            self.record(chosen if counted is None else chosen[counted.mask])
         if self.counting and not in_backward():
             self.load = counts if self.load is None else self.load + counts
         if self.injection is None or (self.own is None and not self.weights.named()):
             return out
-        return self._with_terms(out, seen, mask, counts)
+        return self._with_terms(out, seen, counted, counts)
 
-    def _with_terms(self, out: Any, seen: Seen, mask: Tensor | None, counts: Tensor) -> Any:
+    def _with_terms(self, out: Any, seen: Seen, counted: Counted | None, counts: Tensor) -> Any:
         assert self.injection is not None
-        self._enter()
-        rows = torch.full((), float(seen.rows), device=counts.device) if mask is None else mask.sum()
-        totals, world = self._everywhere(torch.cat([counts, rows[None].to(counts)]))
-        share = world / totals[-1].clamp_min(1)
-        f = totals[:-1] / totals[:-1].sum().clamp_min(1)
-        carriers = carried(out)
-        x = seen.logits if seen.logits is not None else seen.q
-        assert x is not None
+        carriers, x, mask = carried(out), seen.scores, None if counted is None else counted.mask
         with torch.no_grad(), torch.autocast(counts.device.type, enabled=False):
-            each, gradient = logit_terms(x.detach(), f, mask, share, self.weights, seen.logits is not None)
-        values = dict(each)
-        named = {f"moe/{name}": value * getattr(self.weights, name) for name, value in each.items()}
-        if each:
+            f, share = self._shares(seen, counted, counts)
+            values, gradient = logit_terms(x.detach(), f, share, mask, self.weights, seen.logits is not None)
+        if values:
+            named = {f"moe/{name}": self._weighted(name, value) for name, value in values.items()}
             carriers = self.injection.send(carriers, x, gradient, named)
         if self.weights.importance and seen.weights is not None:
             carriers = self._sums("importance", carriers, seen.weights, lambda w: self._received(w, seen, mask), values)
         if self.weights.smooth_load and seen.load is not None:
             carriers = self._sums("smooth_load", carriers, seen.load, lambda load: counted_rows(load, mask).sum(0), values)
         if self.own is not None and seen.selectors is not None:
-            own, row = self.own, row_shares(seen.rows, mask, share)
+            own = self.own
+            row = share if isinstance(share, Tensor) else counts.new_full((seen.rows,), share)
 
             def term(r: Tensor) -> Tensor:
                 # padding may be NaN, and a sum of 0 over the experts would make it so
@@ -117,11 +111,30 @@ class Regulator(Gate):
 
             carriers = self.injection.tether(carriers, seen.selectors, "moe/selectors", term)
         if not in_backward():
-            self.values = {name: value.detach() for name, value in values.items()}
+            self.values = values
         return replaced(out, carriers)
 
+    def _shares(self, seen: Seen, counted: Counted | None, counts: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Share of the choices that fell on each expert (E,), and of each row in a mean: (T,), or the same for all."""
+        if not self.everywhere or world_size() == 1:
+            each = 1 / max(seen.rows, 1) if counted is None else counted.share
+            if seen.assigned is None:
+                return counts / counts.sum().clamp_min(1), each
+            k = seen.assigned.shape[-1]
+            return counts / (max(seen.assigned.numel(), 1) if counted is None else counted.choices(k)[1]), each
+        self._enter()
+        number = counts.new_full((), seen.rows) if counted is None else counted.number
+        totals, world = self._everywhere(torch.cat([counts, number[None]]))
+        share = world / totals[-1:].clamp_min(1)
+        return totals[:-1] / totals[:-1].sum().clamp_min(1), (
+            share.expand(seen.rows) if counted is None else counted.ones * share
+        )
+
+    def _weighted(self, name: str, value: Value) -> Value:
+        return lambda: value() * getattr(self.weights, name)
+
     def _sums(
-        self, name: str, carriers: tuple[Tensor, ...], x: Tensor, sums: Callable[[Tensor], Tensor], values: dict[str, Tensor]
+        self, name: str, carriers: tuple[Tensor, ...], x: Tensor, sums: Callable[[Tensor], Tensor], values: dict[str, Value]
     ) -> tuple[Tensor, ...]:
         """The squared coefficient of variation of something that is summed over the rows, here or over all processes."""
         assert self.injection is not None
@@ -131,7 +144,7 @@ class Regulator(Gate):
             local = sums(leaf)
             total, world = self._everywhere(local.detach())
             value = importance((local + (total - local.detach()))[None])
-            values[name] = value.detach()
+            values[name] = value.detach
             # every process has the same value and the gradient of its own part; the mean over them must be the sum
             return factor * (value.detach() + world * (value - value.detach()))
 
@@ -172,13 +185,14 @@ class Regulator(Gate):
         return layer
 
 
-def choices(seen: Seen, mask: Tensor | None, experts: int) -> Tensor:
+def choices(seen: Seen, counted: Counted | None, experts: int) -> Tensor:
     """(E,) float: rows that chose each expert, before any were dropped; padding left out."""
     with torch.no_grad():
         if seen.assigned is None:
             assert seen.weights is not None
             chosen = seen.weights != 0
-            return (chosen if mask is None else chosen & mask[:, None]).sum(0).float()
-        ones = torch.ones_like(seen.assigned, dtype=torch.float32)
-        ones = ones if mask is None else ones * mask[:, None]
-        return ones.new_zeros(experts).scatter_add_(0, seen.assigned.flatten(), ones.flatten())
+            return (chosen if counted is None else chosen & counted.mask[:, None]).sum(0).float()
+        counts, assigned = torch.zeros(experts, device=seen.assigned.device), seen.assigned.flatten()
+        if counted is None:
+            return counts.scatter_add_(0, assigned, counts.new_ones(1).expand(len(assigned)))
+        return counts.scatter_add_(0, assigned, counted.choices(seen.assigned.shape[-1])[0])

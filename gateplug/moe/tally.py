@@ -14,7 +14,7 @@ from gateplug.moe.calls import Call, together
 from gateplug.moe.families import switch
 from gateplug.moe.functional import load_statistics
 from gateplug.moe.layers import DSelectK
-from gateplug.moe.padding import Padding
+from gateplug.moe.padding import Counted, Padding
 from gateplug.moe.regulate import choices
 from gateplug.moe.routers import Router
 from gateplug.moe.routing import Routing
@@ -105,10 +105,11 @@ class Tally:
         Small calls are kept and added together: what each operation costs besides its arithmetic weighs on small models.
         """
         seen = self.router.read(out, self.router.k)
-        known, mask = self.padding.of(seen, self.router.side, self.title, self.tasks)
+        known, counted = self.padding.of(seen, self.router.side, self.title, self.tasks)
         if not known:
             return
         q, z = (out.weights, out.z) if isinstance(out, Routing) else (None, None)
+        mask = None if counted is None else counted.mask
         call = Call(seen.logits, seen.assigned, seen.weights, seen.kept, seen.q, q, z, mask, seen.by_expert)
         numbers = seen.rows * self.experts
         if numbers >= _TOGETHER and not self._calls:
@@ -129,7 +130,11 @@ class Tally:
         table = self._table(call)
         table = table if call.mask is None else torch.where(call.mask, table, 0)
         received = self._received(call)
-        chosen = received.sum(0) if self.weighted else choices(call.seen(), call.mask, self.experts)
+        chosen = (
+            received.sum(0)
+            if self.weighted
+            else choices(call.seen(), None if call.mask is None else Counted(call.mask), self.experts)
+        )
         sums = torch.cat([chosen, received.flatten(), table.sum(-1)])
         # counts go beyond the 2²⁴ of float32
         self.sums = wide(sums) if self.sums is None else self.sums.add_(sums)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gateplug.moe.rows import at_least_float32, counted_rows
+from gateplug.core.objective import Value
+from gateplug.moe.rows import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -25,54 +26,58 @@ class Weights:
         return {name: value for name, value in vars(self).items() if value}
 
 
-def row_shares(rows: int, mask: Tensor | None, share: Tensor) -> Tensor:
-    """(T,): `share` for the rows that count, 0 for padding."""
-    return (share if mask is None else mask * share).expand(rows)
-
-
 def logit_terms(
-    x: Tensor, f: Tensor, mask: Tensor | None, share: Tensor, weights: Weights, logits: bool
-) -> tuple[dict[str, Tensor], Tensor | None]:
+    x: Tensor, f: Tensor, share: Tensor | float, mask: Tensor | None, weights: Weights, logits: bool
+) -> tuple[dict[str, Value], Tensor | None]:
     """Load balance, z-loss and entropy of a router, and the gradient of their weighted sum, in closed form.
 
-    load_balance = E Σ_e f_e P_e, z_loss = mean logsumexp², entropy = mean H(p); sums over rows times `share`.
+    load_balance = E Σ_e f_e P_e, z_loss = mean logsumexp², entropy = mean H(p). Few operations, on rows side by side: for the few
+    experts of a router an operation costs more than its arithmetic, and one along the experts three times that along the rows.
 
     Args:
         x: (T, E) logits, or p itself.
         f: (E,) share of the choices that fell on each expert, a constant.
-        mask: (T,) bool.
-        share: 1 / rows that count (processes / rows of all of them, for sums over all).
+        share: part of each row in the means, (T,) or the same for all: 1 / rows that count, 0 for padding; processes / rows of
+            all of them where the means are over all.
+        mask: (T,) bool, False for padding, in which anything may stand, NaN as well.
         weights: factors.
         logits: whether `x` are logits.
 
     Returns:
-        The terms without factors, and the gradient (T, E) of the weighted sum with respect to `x`, None where there is no term.
+        The terms without factors, computed when they are called for, and the gradient (T, E) of the weighted sum with respect to
+        `x`, None where there is no term.
     """
-    x = counted_rows(at_least_float32(x), mask)
-    row = row_shares(len(x), mask, share).to(x.dtype)
-    g = f.to(x.dtype) * x.shape[-1]
-    found: dict[str, Tensor] = {}
+    x = at_least_float32(x).t().contiguous()  # (E, T)
+    x = x if mask is None else torch.where(mask, x, 0.0)
     if logits:
-        log_sum = x.logsumexp(-1)
-        log_p = x - log_sum[:, None]
+        log_sum = x.logsumexp(0)
+        log_p = x - log_sum
         p = log_p.exp()
     else:
-        p, log_sum, log_p = x, x.sum(-1), x.clamp_min(1e-20).log()
-    column = torch.zeros_like(log_sum)  # what is added to the slope in all columns of a row
+        p, log_sum, log_p = x, x.sum(0), x.clamp_min(1e-20).log()
+    found: dict[str, Value] = {}
+    scale = 1.0 if isinstance(share, Tensor) else share
     slope: Tensor | float = 0.0
-    if weights.load_balance:
-        balance = p @ g
-        found["load_balance"] = balance @ row
-        slope = weights.load_balance * g
-        column = column - weights.load_balance * balance
-    if weights.entropy:
-        h = -(p * log_p).sum(-1)
-        found["entropy"] = h @ row
-        slope = slope - weights.entropy * (log_p if logits else log_p + 1)
-        column = column - weights.entropy * h
+    column: Tensor | float = 0.0  # what is taken from the slope at all experts of a row
     if weights.z_loss and logits:
-        found["z_loss"] = log_sum.square() @ row
-        column = column + (2 * weights.z_loss) * log_sum
+        found["z_loss"] = lambda: _mean(log_sum.square(), share)
+        column = log_sum * (-2 * weights.z_loss * scale)
+    if weights.load_balance:
+        g = f.to(x.dtype) * len(x)
+        found["load_balance"] = lambda: _mean(g @ p, share)
+        down = g * (weights.load_balance * scale)
+        slope = down[:, None]
+        column = torch.addmv(column, p.t(), down) if isinstance(column, Tensor) else down @ p
+    if weights.entropy:
+        h = -(p * log_p).sum(0)
+        found["entropy"] = lambda: _mean(h, share)
+        slope = slope - (weights.entropy * scale) * (log_p if logits else log_p + 1)
+        column = column + (weights.entropy * scale) * h
     if not found:
         return found, None
-    return found, (p * (slope + column[:, None]) * row[:, None] if logits else (slope * row[:, None]).expand_as(x))
+    gradient = p * (slope - column) if logits else torch.as_tensor(slope).expand_as(x)
+    return found, (gradient * share if isinstance(share, Tensor) else gradient).t()
+
+
+def _mean(rows: Tensor, share: Tensor | float) -> Tensor:
+    return rows @ share.to(rows.dtype) if isinstance(share, Tensor) else rows.sum() * share

@@ -99,7 +99,7 @@ def test_injection_gives_the_gradient_of_the_term(reentrant: bool | None) -> Non
     (loss * 1.0).backward()
     assert torch.allclose(x.grad, expected[0], rtol=1e-12)
     assert torch.allclose(linear.weight.grad, expected[1], rtol=1e-12)
-    assert torch.allclose(injection.values["toy/term"], term(linear(x)).detach())
+    assert torch.allclose(injection.values()["toy/term"], term(linear(x)).detach())
 
 
 def test_injection_is_scaled_as_the_loss_is() -> None:
@@ -127,7 +127,7 @@ def test_recomputed_layers_are_counted_once() -> None:
     x = torch.ones(2, requires_grad=True)
     checkpoint(forward, x, use_reentrant=False).sum().backward()
     assert len(calls) == 2
-    assert float(injection.values["t"]) == 2.0
+    assert float(injection.values()["t"]) == 2.0
 
 
 def test_terms_are_logged_unscaled_and_added_to_tensor_dict_and_none(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_tether_gives_the_gradient_of_a_term_of_something_that_goes_no_further
     loss = out.square().sum()
     injection.watch(loss)
     (4 * loss).backward()
-    assert float(injection.values["toy/z"]) == pytest.approx(float(0.3 * router(x).logsumexp(-1).square().mean().detach()))
+    assert float(injection.values()["toy/z"]) == pytest.approx(float(0.3 * router(x).logsumexp(-1).square().mean().detach()))
 
     got = [p.grad.clone() for p in (x, *router.parameters())]
     for p in (x, *router.parameters()):
@@ -241,7 +241,7 @@ def test_a_tether_gives_the_gradient_of_a_term_of_something_that_goes_no_further
 def test_several_carriers_bring_the_gradient_once_and_none_brings_nothing() -> None:
     injection = Injection()
     x = torch.ones(3, requires_grad=True)
-    a, b = injection.send((x * 1, x * 2), x, torch.full((3,), 5.0), {"toy/x": torch.tensor(1.0)})
+    a, b = injection.send((x * 1, x * 2), x, torch.full((3,), 5.0), {"toy/x": lambda: torch.tensor(1.0)})
     (a.sum() + b.sum()).backward()
     assert x.grad is not None
     assert x.grad.tolist() == [8.0] * 3

@@ -51,7 +51,7 @@ def test_padding_has_no_part_in_any_term_nor_gradient(kind: str, far: float, mon
         plug.attach(net)
         plug._padding.read({"attention_mask": mask} if mask is not None else {})
         weights = net(rows)
-        terms = {name: float(value) for name, value in plug._injection.values.items()}
+        terms = {name: float(value) for name, value in plug._injection.values().items()}
         used = weights.reshape(rows.reshape(-1, D).shape[0], -1)
         loss = (used if mask is None else used[mask.flatten().bool()]).square().sum()
         plug.total_loss(net, loss).backward()
@@ -150,7 +150,7 @@ def test_only_the_chosen_selectors_are_regulated_and_each_plug_takes_off_its_own
     second.attach(net)
     first.detach(net)
     net(torch.randn(3, D))
-    assert set(second._injection.values) == {"moe/selectors", "moe/load_balance"}
+    assert set(second._injection.values()) == {"moe/selectors", "moe/load_balance"}
 
 
 def test_a_plug_on_a_second_model_starts_its_ramps_anew(tmp_path: Path) -> None:
