@@ -224,7 +224,7 @@ class RegulateRouters(Plug):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the routers' terms in the last batch, and say which gates have not come down to k experts."""
-        warn_unreached(pl_module)
+        warn_unreached(pl_module, {name.removesuffix(".tap"): r.used() for name, r in self._regulators.items()})
         if rows := self.table():
             columns = list(dict.fromkeys(column for row in rows.values() for column in row))
             lines = [(name, *(f"{row[c]:.4g}" if c in row else "" for c in columns)) for name, row in rows.items()]

@@ -188,7 +188,7 @@ class ExpertMonitor(Plug):
         if self._last:
             print_table("Routers at the end of the training", *table(self._last))
         if not _regulated(trainer):
-            warn_unreached(pl_module)
+            warn_unreached(pl_module, {name: report.numbers.get("experts_used", 0) for name, report in self._last.items()})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off."""

@@ -64,6 +64,8 @@ class Regulator(Gate):
         """Terms of the last batch, without their factors."""
         self.load: Tensor | None = None
         """(E,) rows that each expert was chosen for, since the last optimizer step."""
+        self.last: tuple[Tensor, Counted | None] | None = None
+        """Weights (T, E) of the last call of a gate with selectors, and its padding."""
         self._calls: list[list[Tensor]] = []
         self._call: list[Tensor] = []
 
@@ -77,6 +79,8 @@ class Regulator(Gate):
         known, counted = self.padding.of(seen, self.side, self.name, self.tasks)
         if not known:
             return out
+        if seen.selectors is not None and seen.weights is not None:
+            self.last = seen.weights.detach(), counted
         counts = choices(seen, counted, self.experts)
         # a gate of gateplug shows its openness by itself
         if self.recording and seen.assigned is not None and self.read is not tapped:
@@ -175,6 +179,14 @@ class Regulator(Gate):
         else:
             self._call = []
             self._calls.append(self._call)
+
+    def used(self) -> float:
+        """Mean number of experts with a weight in the last call of a gate with selectors, 0 for other routers."""
+        if self.last is None:
+            return 0.0
+        weights, counted = self.last
+        used = (weights != 0).sum(-1).float()
+        return float((used if counted is None else used[counted.mask]).mean())
 
     def start(self) -> None:
         """A new batch begins."""

@@ -43,9 +43,18 @@ def warn_ahead(module: nn.Module, gates: Iterable[ExpertGate], capacity_factor: 
         )
 
 
-def warn_unreached(module: nn.Module) -> None:
-    """Warn of gates that use more than k experts at the end of a training, or fewer."""
+def warn_unreached(module: nn.Module, measured: Mapping[str, float]) -> None:
+    """Warn of gates that use more than k experts at the end of a training, or fewer.
+
+    Args:
+        module: a static gate is read there.
+        measured: by the name of a gate that decides for each example, the mean number of experts that it used of late.
+    """
     more, fewer = [], []
+    for name, mean in measured.items():
+        gate = module.get_submodule(name)
+        if isinstance(gate, DSelectK) and isinstance(gate.z, nn.Linear) and round(mean, 2) > gate.k:
+            more.append(f"{name} (k={gate.k}; {mean:.3g} used in the mean of its last examples)")
     for name, gate in static_gates(module).items():
         used = (gate.weights() != 0).sum(-1).flatten()
         many, few = int((used > gate.k).sum()), int((used < gate.k).sum())
@@ -55,7 +64,7 @@ def warn_unreached(module: nn.Module) -> None:
     if more:
         rank_zero_warn(
             f"DSelectK gates have not come down to k experts: {listed(more)}. Let entropy end higher (a gp.Ramp), train longer, "
-            "or round them with harden(force=True)"
+            "or round a static one with harden(force=True)"
         )
     if fewer:
         rank_zero_warn(f"selectors of DSelectK gates have chosen the same expert: {listed(fewer)}")

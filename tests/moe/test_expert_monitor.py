@@ -265,6 +265,22 @@ def test_dselectk_is_warned_of_without_regulate_routers(tmp_path: Path) -> None:
     assert sum("have chosen the same expert" in str(w.message) for w in said) == 1
 
 
+@pytest.mark.parametrize("plugs", [[monitor], [gp.RegulateRouters], [gp.RegulateRouters, monitor]])
+@pytest.mark.parametrize(("value", "many"), [(0.0, True), (0.7, False)])
+def test_a_gate_that_decides_by_example_and_uses_more_than_k_experts_is_warned_of(
+    value: float, many: bool, plugs: list[Any], tmp_path: Path
+) -> None:
+    gate = gp.DSelectK(8, 2, 16)
+    nn.init.constant_(gate.z.weight, 0.0)
+    nn.init.constant_(gate.z.bias, value)  # 0: amid the smooth step, all experts; 0.7: beyond it, one
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(UserModule(MoENet(gate)), tmp_path, *(plug() for plug in plugs), max_epochs=1)
+    texts = [str(w.message) for w in said if "have not come down" in str(w.message)]
+    assert len(texts) == many
+    assert all("(k=2; 8 used in the mean" in text for text in texts)
+
+
 def test_tasks_of_gates_that_look_at_the_rows_are_counted_task_by_task(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, witness, plug = UserModule(Plain(Tasks(gp.TopKGate(8, 2, 64, tasks=3)))), Witness(), monitor()
