@@ -10,8 +10,9 @@ from lightning import LightningModule
 from torch import nn
 from torchmetrics import Metric
 
+from gateplug.core.edit import AddGate
 from gateplug.core.errors import PlugError, listed
-from gateplug.core.gate import Foldable
+from gateplug.core.gate import Foldable, Folded, Gate
 from gateplug.core.objective import Objective
 from gateplug.core.record import all_records, forget
 from gateplug.core.strip import strip
@@ -30,15 +31,20 @@ def fold(module: nn.Module) -> nn.Module:
             what the module's own `forward` may do around it; of any other, a plain module with the same children and `forward`.
 
     Returns:
-        A copy, in eval mode, on the same device, that `torch.export` takes if it takes the network without plugs.
+        A copy, in eval mode, on the same device, that `torch.export` takes if it takes the network without plugs. A network with
+        exits becomes a :class:`gateplug.ExitRunner`, whose `export` writes a program for each stage.
 
     Raises:
         PlugError: a LightningModule without a forward of its own holds parameters in several sub-modules.
     """
     folded = copy.deepcopy(_without_run(module))
     records = all_records(folded)
+    gates: dict[type[Gate], list[Folded]] = {}
     for record in records:
-        for _, part, piece in record.pieces:
+        for name, part, piece in record.pieces:
+            gate = piece.edit.attached(part) if isinstance(piece.edit, AddGate) else None
+            if isinstance(gate, Gate):
+                gates.setdefault(type(gate), []).append(Folded(name, gate, record.arguments))
             new = piece.edit.fold(part)
             folded = new if part is folded else _swap(folded, part, new)
     forget(folded)
@@ -46,6 +52,8 @@ def fold(module: nn.Module) -> nn.Module:
     for model in plain.modules() if records else ():
         if callable(getattr(model, "save_pretrained", None)):
             model.__dict__["save_pretrained"] = SavePretrained(model)
+    for kind, parts in gates.items():
+        plain = kind.finish(plain, module, parts)
     return plain
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gateplug.core.objective import Injection, in_backward
+
+
+class Folded(NamedTuple):
+    """A gate that was taken off a network in folding."""
+
+    layer: str
+    """Name of the layer that it stood on, in the module that was folded."""
+    gate: Gate
+    arguments: Mapping[str, Any]
+    """Of the plug that had brought it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,17 @@ class Gate(Foldable):
         self.recording, self.injection = False, None
         self.reset()
         return self
+
+    @classmethod
+    def finish(cls, network: nn.Module, original: nn.Module, gates: Sequence[Folded]) -> nn.Module:
+        """The form of a whole network from which gates of this class were folded away, for gates that change how it is run.
+
+        Args:
+            network: plain.
+            original: what is folded, as it stands.
+            gates: of this class.
+        """
+        return network
 
     def fold(self, layer: nn.Module) -> nn.Module:
         """The plain module that computes what `layer` with this gate on its output computes in eval mode."""

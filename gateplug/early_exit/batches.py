@@ -32,13 +32,31 @@ def labels_of(batch: Any) -> Tensor:
 
 
 def first_sample(value: Any, size: int) -> Any:
-    """The first of `size` samples in a call's arguments: of tensors with that many rows."""
+    """The first of `size` samples in a call's arguments, without a graph."""
+    return rows_of(value, torch.arange(1), size)
+
+
+def rows_of(value: Any, rows: Tensor, samples: int) -> Any:
+    """These rows of a call's arguments: of tensors with as many rows as there are samples."""
     if isinstance(value, Tensor):
-        return value[:1].detach() if value.dim() and len(value) == size else value
+        return value[rows.to(value.device)] if value.dim() and len(value) == samples else value
     if isinstance(value, Mapping):
-        return {key: first_sample(item, size) for key, item in value.items()}
+        return {key: rows_of(item, rows, samples) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(first_sample(item, size) for item in value)
+        parts = [rows_of(item, rows, samples) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Arguments on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [moved(item, device) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gateplug.core.gate import Gate
+from gateplug.core.gate import Folded, Gate
 from gateplug.core.objective import in_backward
+from gateplug.early_exit.ends import first_token, token_at
 from gateplug.early_exit.layers import ExitGate
 
 
@@ -34,13 +35,10 @@ class Reading:
             maps: Tensor = self.through(hidden)
             return maps.flatten(1)
         if self.reads in ("token", "last"):
-            # only the token that is read goes through the norm, which works token by token
-            first = hidden[:, :1]
-            if self.reads == "last":
-                assert self.places is not None
-                first = hidden[torch.arange(len(hidden), device=hidden.device), self.places][:, None]
-            rows: Tensor = first if self.through is None else self.through(first)
-            return rows[:, 0]
+            if self.reads == "token":
+                return first_token(self.through, hidden)
+            assert self.places is not None
+            return token_at(self.through, hidden, self.places)
         if hidden.dim() == 2:
             return hidden
         return hidden.mean(1) if hidden.dim() == 3 else hidden.mean((2, 3))
@@ -58,7 +56,7 @@ def last_places(args: tuple[Any, ...], kwargs: Mapping[str, Any], pad: int | Non
             "EarlyExit needs input_ids to find the last token of each text: inputs_embeds do not tell what is padding"
         )
     if pad is None:
-        return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+        return torch.full((ids.shape[0],), ids.shape[1] - 1, device=ids.device)
     return ((ids != pad) * torch.arange(ids.shape[1], device=ids.device)).argmax(-1)
 
 
@@ -146,8 +144,15 @@ class ExitBranch(Gate):
             ) from error
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    @classmethod
+    def finish(cls, network: nn.Module, original: nn.Module, gates: Sequence[Folded]) -> nn.Module:
+        """A runner that stands alone."""
+        from gateplug.early_exit.plain import plain_runner
+
+        return plain_runner(network, original, gates)
+
     def fold(self, layer: nn.Module) -> nn.Module:
-        """The whole network without exits."""
+        """The block without its exit."""
         return layer
 
 

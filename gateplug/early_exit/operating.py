@@ -14,22 +14,26 @@ from gateplug.early_exit.functional import Sweep, sweep
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TARGETS = ("cost", "accuracy")
+TARGETS = ("cost", "accuracy", "latency")
 """What a threshold can be fitted to."""
 _SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 _COLORS = {"jei": "#2166ac", "confidence": "#d6604d", "entropy": "#4d9221", "patience": "#8c8c8c"}
 
 
 def check_target(target: Mapping[str, float] | None) -> None:
-    """Raise ValueError unless it is None, or one of `cost` in (0, 1] and `accuracy` in [0, 1]."""
+    """Raise ValueError unless it is None, `cost` or `accuracy` in [0, 1], or `latency` > 0 with `batch` ≥ 1 or without."""
     if target is None:
         return
-    good = isinstance(target, Mapping) and len(target) == 1 and next(iter(target)) in TARGETS
-    value = next(iter(target.values())) if good else None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+    names = set(target) if isinstance(target, Mapping) else set()
+    good = len(names - {"batch"}) == 1 and names <= {*TARGETS, "batch"} and ("batch" not in names or "latency" in names)
+    for name, value in target.items() if good else ():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        low, high = (0, 1) if name in ("cost", "accuracy") else (1 if name == "batch" else 0, float("inf"))
+        good = good and number and low <= value <= high and (name != "batch" or value == int(value))
+    if not good:
         raise ValueError(
-            f"operating_point={target!r} must be {{'cost': share of the network's multiply-adds}} or {{'accuracy': share of "
-            "right answers}, a number in [0, 1]"
+            f"operating_point={target!r} must be {{'cost': share of the network's multiply-adds}}, {{'accuracy': share of right "
+            "answers}}, a number in [0, 1], or {{'latency': seconds of a batch, 'batch': samples in it (1)}}"
         )
 
 

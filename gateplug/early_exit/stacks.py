@@ -10,6 +10,7 @@ from torch import nn
 
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.gate import Foldable
+from gateplug.early_exit import ends
 
 Widths = Callable[[Any, int], int]
 
@@ -24,21 +25,23 @@ class Family:
     """`token`: the first token; `last`: the last one that is no padding; `maps`: feature maps through the model's own pooler."""
     through: str = ""
     """A module of the model's own that every exit goes through: its last norm, or its pooler."""
+    end: ends.End | None = None
+    """What comes after the last block."""
     widths: Widths = lambda config, block: int(config.hidden_size)
     """Width of what an exit reads of a block."""
 
 
 FAMILIES: dict[str, Family] = {
-    "ViTForImageClassification": Family(("vit.layers", "vit.encoder.layer"), "token", "vit.layernorm"),
-    "DeiTForImageClassification": Family(("deit.layers", "deit.encoder.layer"), "token", "deit.layernorm"),
-    "BertForSequenceClassification": Family(("bert.encoder.layer",), "token"),
-    "RobertaForSequenceClassification": Family(("roberta.encoder.layer",), "token"),
+    "ViTForImageClassification": Family(("vit.layers", "vit.encoder.layer"), "token", "vit.layernorm", ends.vit),
+    "DeiTForImageClassification": Family(("deit.layers", "deit.encoder.layer"), "token", "deit.layernorm", ends.deit),
+    "BertForSequenceClassification": Family(("bert.encoder.layer",), "token", end=ends.bert),
+    "RobertaForSequenceClassification": Family(("roberta.encoder.layer",), "token", end=ends.roberta),
     "DistilBertForSequenceClassification": Family(
-        ("distilbert.transformer.layer",), "token", widths=lambda config, block: int(config.dim)
+        ("distilbert.transformer.layer",), "token", end=ends.distilbert, widths=lambda config, block: int(config.dim)
     ),
-    "GPT2ForSequenceClassification": Family(("transformer.h",), "last", "transformer.ln_f"),
+    "GPT2ForSequenceClassification": Family(("transformer.h",), "last", "transformer.ln_f", ends.gpt2),
     "ResNetForImageClassification": Family(
-        ("resnet.encoder.stages",), "maps", "resnet.pooler", lambda config, block: int(config.hidden_sizes[block])
+        ("resnet.encoder.stages",), "maps", "resnet.pooler", ends.resnet, lambda config, block: int(config.hidden_sizes[block])
     ),
 }
 
@@ -55,6 +58,8 @@ class Stack:
     widths: tuple[int | None, ...]
     """Of each block; None where the structure does not tell."""
     classes: int
+    end: ends.End | None = None
+    """What comes after the last block, where the family is known."""
 
     def block_of(self, name: str) -> int:
         """The number of a block, by its name."""
@@ -114,29 +119,34 @@ def _of_family(name: str, model: nn.Module, family: Family) -> Stack:
         if len(blocks) < 2:
             raise PlugError(f"{type(model).__name__} has {len(blocks)} block: an exit needs a block after it")
         widths = tuple(family.widths(config, i) for i in range(len(blocks)))
-        return Stack(name, blocks, family.reads, _join(name, family.through) if family.through else "", widths, classes)
+        return Stack(
+            name, blocks, family.reads, _join(name, family.through) if family.through else "", widths, classes, family.end
+        )
     raise PlugError(f"{type(model).__name__} holds its blocks at none of {listed(family.blocks)}: name them with at=[…]")
 
 
 def _of_children(name: str, net: nn.Module, blocks: Sequence[str], classes: int | None) -> Stack:
     if len(blocks) < 2:
         raise PlugError(f"{name or 'the network'} has {len(blocks)} layer: an exit needs a layer after it")
-    classes = _classes(net) if classes is None else classes
+    inside = [net.get_submodule(block.removeprefix(f"{name}.") if name else block) for block in blocks]
+    classes = _classes(net, inside) if classes is None else classes
     if classes < 2:
         raise PlugError(
             f"{name or 'the network'} gives {classes} outputs by its last Linear layer: EarlyExit is for classification into two "
             "classes or more. Give classes=… if that is not what it returns"
         )
-    inside = [net.get_submodule(block.removeprefix(f"{name}.") if name else block) for block in blocks]
     widths = tuple(_width_after(inside, i) for i in range(len(inside)))
     return Stack(name, tuple(blocks), "any", "", widths, classes)
 
 
-def _classes(net: nn.Module) -> int:
-    """Outputs of the last Linear layer that is in no gate or mixture; 0 where there is none."""
-    inside = {m for part in net.modules() if isinstance(part, Foldable) for m in part.modules()}
-    last = next((m for m in reversed(list(net.modules())) if isinstance(m, nn.Linear) and m not in inside), None)
-    return 0 if last is None else last.out_features
+def _classes(net: nn.Module, blocks: Sequence[nn.Module]) -> int:
+    """Outputs of the last Linear layer in no gate or mixture: of one outside of the blocks if there is one; 0 where none is."""
+    gates = {m for part in net.modules() if isinstance(part, Foldable) for m in part.modules()}
+    linear = [m for m in net.modules() if isinstance(m, nn.Linear) and m not in gates]
+    inside = {m for block in blocks for m in block.modules()}
+    # a head may be registered before the blocks
+    last = ([m for m in linear if m not in inside] or linear)[-1:]
+    return last[0].out_features if last else 0
 
 
 def _width_after(children: Sequence[nn.Module], block: int) -> int | None:

@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from gateplug.core.errors import PlugError
+from gateplug.early_exit.batches import logits_of
 from gateplug.early_exit.branch import ExitBranch, Reading, last_places
+from gateplug.early_exit.flow import Flow, cut
 from gateplug.early_exit.stacks import Stack, find_stack
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):  # no error: the way out of a forward at the first block
@@ -19,6 +24,10 @@ class _Reached(Exception):  # no error: the way out of a forward at the first bl
 
 class Stages:
     """The parts of a network with exits.
+
+    A known family is run by its own layers. Of any other network the first batch tells how it is run: each block must be called
+    once, with what the one before it gave; what follows the rows of the batch is seen on half of them, and the answers for that
+    half must be those of the whole network.
 
     Args:
         net: the network.
@@ -30,7 +39,14 @@ class Stages:
     def __init__(self, net: nn.Module, stack: Stack, layers: list[nn.Module], branches: Mapping[int, ExitBranch]) -> None:
         self.net, self.stack, self.layers, self.branches = net, stack, layers, dict(branches)
         self.sequential = type(net) is nn.Sequential
-        self._checked = self.sequential or stack.reads != "any"
+        self.end = stack.end
+        """How the network ends, by its own layers; None: it is run again with what its blocks gave."""
+        self.follow: set[int] | None = None
+        """Which parts of :attr:`Flow.beside` follow the rows; None: by the rules of the families."""
+        self.places: Tensor | None = None
+        """(B,) of the last tokens, in the families that read them."""
+        self._checked = self.sequential
+        self._learned = self.sequential or stack.reads != "any"
 
     @property
     def blocks(self) -> int:
@@ -41,7 +57,7 @@ class Stages:
         """Run what comes before the first block.
 
         Raises:
-            PlugError: the network does not call its first block with one hidden tensor first.
+            PlugError: the network does not call its first block with one hidden tensor first, or cannot be run by blocks.
         """
         if self.sequential:
             given = [*args, *kwargs.values()]
@@ -51,10 +67,29 @@ class Stages:
         if self.stack.reads == "last":  # a cache would hold the keys of samples that have left
             kwargs = {**kwargs, "use_cache": False}
             self.place(last_places(args, kwargs, self.net.config.pad_token_id))  # type: ignore[union-attr, arg-type]
-        if not self._checked:
-            self._check_chain(args, kwargs)
+        flow = self._enter(args, kwargs)
+        if not self._checked and self.stack.reads != "any":
             self._checked = True
-        reached: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+            self._check_end(flow)
+        elif not self._checked or (not self._learned and flow.size > 1):  # of one sample, nobody is left alone
+            want = self._check_chain(args, kwargs)
+            self._checked = True
+            if flow.size > 1:
+                self._learn(flow, want)
+        else:
+            return flow
+        return self._enter(args, kwargs)
+
+    def place(self, places: Tensor | None) -> None:
+        """Where the last token of each row is, for exits that read it."""
+        self.places = places
+        for branch in self.branches.values():
+            if isinstance(branch.reading, Reading):
+                branch.reading.places = places
+
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
+        """Up to the call of the first block."""
+        reached: list[Call] = []
 
         def stop(block: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> None:
             reached.append((a, k))
@@ -75,14 +110,53 @@ class Stages:
         (hidden, *rest), k = reached[0]
         return Flow(self, hidden, tuple(rest), k, args, kwargs)
 
-    def place(self, places: Tensor | None) -> None:
-        """Tell exits that read the last token where it is."""
-        for branch in self.branches.values():
-            if isinstance(branch.reading, Reading):
-                branch.reading.places = places
+    def _check_end(self, flow: Flow) -> None:
+        """Of a known family: the end by its own layers must give what the network gives; else it is not used."""
+        want = logits_of(self.net(*flow.args, **flow.kwargs))
+        while flow.next < len(self.layers):
+            flow.block(flow.next)
+        if not _equal(logits_of(flow.end()), want):
+            self.end = None
+            rank_zero_warn(
+                f"ExitRunner: {type(self.net).__name__} does not end as others of its class (something was added to it), so for "
+                "samples that do not leave it is run once more with its blocks left out: what comes before them is paid twice"
+            )
 
-    def _check_chain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run a network of somebody's own once, and see that each block is called, once, with what the one before it gave.
+    # ------------------------------------------------------------------ networks of somebody's own
+
+    def _learn(self, flow: Flow, want: Tensor) -> None:
+        """Run half of the rows, see what follows them, and compare with what the whole network gives.
+
+        Raises:
+            PlugError: the network cannot be run by blocks.
+        """
+        stay = torch.arange(flow.size, device=flow.device) < flow.size // 2
+        inputs = [cut(part, stay) for part in (flow.args, flow.kwargs)]
+        try:
+            half = self._enter(*inputs)
+            pairs = enumerate(zip(flow.beside, half.beside, strict=True))
+            self.follow = {i for i, (whole, part) in pairs if _follows(whole, part, flow.size)}
+            flow.block(0)
+            flow.keep(stay)
+            while flow.next < len(self.layers):
+                flow.block(flow.next)
+            got = logits_of(flow.end())
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise PlugError(self._lost(flow, f"fails on some of the rows of a batch: {error}")) from error
+        if not _equal(got, want[stay]):
+            raise PlugError(self._lost(flow, "answers otherwise for some of the rows of a batch than for all of them"))
+        self._learned = True
+
+    def _lost(self, flow: Flow, what: str) -> str:
+        names = [f"argument {i}" for i, value in enumerate(flow.whole[0]) if value]
+        names += [repr(name) for name, value in flow.whole[1].items() if value]
+        return (
+            f"{type(self.net).__name__} {what}. What has as many rows as there are samples was cut: {', '.join(names)}. Give "
+            "what belongs to all samples another form (a buffer, or a dimension of 1 first), and let no sample depend on another"
+        )
+
+    def _check_chain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the network once, and see that each block is called, once, with what the one before it gave; its logits.
 
         Raises:
             PlugError: it is not so: what lies between two blocks would be left out.
@@ -93,95 +167,23 @@ class Stages:
             handles.append(layer.register_forward_pre_hook(lambda _, a, n=name: seen.append((n, a[0] if a else None))))
             handles.append(layer.register_forward_hook(lambda _, a, out, n=name: seen.append((n, out))))
         try:
-            self.net(*args, **kwargs)
+            out = self.net(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
         if [name for name, _ in seen] != [name for name in self.stack.blocks for _ in range(2)]:
-            raise PlugError(f"{type(self.net).__name__} does not run its blocks one after the other, each once: {self._advice()}")
+            raise PlugError(f"{type(self.net).__name__} does not run its blocks one after the other, each once: {_ADVICE}")
         for (before, gave), (after, into) in zip(seen[1::2], seen[2::2], strict=False):
-            out = gave if isinstance(gave, Tensor) else gave[0]
-            if not isinstance(into, Tensor) or into.shape != out.shape or not torch.equal(into, out):
-                raise PlugError(f"{type(self.net).__name__} does something between {before} and {after}: {self._advice()}")
-
-    def _advice(self) -> str:
-        return (
-            "samples that leave between blocks cannot be left out of what is not in a block. Put it into the blocks' forward (a "
-            "residual, a norm), or train with EarlyExit and run the whole network"
-        )
+            given = gave if isinstance(gave, Tensor) else gave[0]
+            if not isinstance(into, Tensor) or into.shape != given.shape or not torch.equal(into, given):
+                raise PlugError(f"{type(self.net).__name__} does something between {before} and {after}: {_ADVICE}")
+        return logits_of(out)
 
 
-class Flow:
-    """A batch on its way."""
-
-    def __init__(
-        self,
-        stages: Stages,
-        hidden: Tensor,
-        rest: tuple[Any, ...],
-        named: dict[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.stages, self.hidden, self.rest, self.named = stages, hidden, rest, named
-        self.args, self.kwargs = args, kwargs
-        self.size = len(hidden)
-        self.next = 0
-        self.beside: list[int | None] = []
-        """What each block that was run gives beside the hidden tensor: how many values, None where it gives the tensor alone."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.hidden.device
-
-    def block(self, i: int) -> None:
-        """Run block i."""
-        out = self.stages.layers[i](self.hidden, *self.rest, **self.named)
-        self.beside.append(None if isinstance(out, Tensor) else len(out) - 1)
-        self.hidden = out if isinstance(out, Tensor) else out[0]
-        self.next = i + 1
-
-    def keep(self, stay: Tensor) -> None:
-        """Go on with some of the rows."""
-        before = len(stay)
-        self.hidden = self.hidden[stay]
-        self.rest = tuple(_rows("", value, stay) for value in self.rest)
-        self.named = {key: _rows(key, value, stay) for key, value in self.named.items()}
-        self.args = tuple(_inputs(value, stay, before) for value in self.args)
-        self.kwargs = {key: _inputs(value, stay, before) for key, value in self.kwargs.items()}
-        reading = next(iter(self.stages.branches.values())).reading
-        if isinstance(reading, Reading) and reading.places is not None:
-            self.stages.place(reading.places[stay])
-
-    def end(self) -> Any:
-        """Run the blocks that are left and what comes after them, on the rows that are left."""
-        if self.stages.sequential:
-            for layer in self.stages.layers[self.next :]:
-                self.hidden = layer(self.hidden)
-            return self.hidden
-        # the network once more, on the inputs of these rows, with the blocks that were run giving what they gave
-        own = [(layer, layer.__dict__.get("forward")) for layer in self.stages.layers[: self.next]]
-        for i, (layer, _) in enumerate(own):
-            layer.__dict__["forward"] = _Given(self.hidden if i == self.next - 1 else None, self.beside[i])
-        try:
-            return self.stages.net(*self.args, **self.kwargs)
-        finally:
-            for layer, forward in own:
-                del layer.__dict__["forward"]
-                if forward is not None:
-                    layer.__dict__["forward"] = forward
-
-
-class _Given:
-    """Stands in for the forward of a block that was run already."""
-
-    def __init__(self, hidden: Tensor | None, beside: int | None) -> None:
-        self.hidden, self.beside = hidden, beside
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given = hidden if self.hidden is None else self.hidden
-        return given if self.beside is None else (given, *[None] * self.beside)
+_ADVICE = (
+    "samples that leave between blocks cannot be left out of what is not in a block. Put it into the blocks' forward (a "
+    "residual, a norm), or train with EarlyExit and run the whole network"
+)
 
 
 def stages_of(module: nn.Module) -> Stages:
@@ -196,19 +198,13 @@ def stages_of(module: nn.Module) -> Stages:
     return Stages(module.get_submodule(stack.net), stack, layers, branches)
 
 
-def _rows(name: str, value: Any, stay: Tensor) -> Any:
-    """An argument of a block for the rows that stay: of masks (B, 1, S, S) and position_ids (B, S) the samples' own part.
-
-    Never by the length alone: a mask (S, S) with as many tokens as there are samples is of all of them.
-    """
-    if isinstance(value, Tensor) and (value.dim() == 4 or name == "position_ids") and len(value) == len(stay):
-        return value[stay]
-    return value
+def _follows(whole: Any, part: Any, rows: int) -> bool:
+    if not isinstance(whole, Tensor) or not isinstance(part, Tensor) or not whole.dim() or whole.dim() != part.dim():
+        return False
+    return len(whole) == rows and len(part) == rows // 2
 
 
-def _inputs(value: Any, stay: Tensor, before: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[stay] if value.dim() and len(value) == before else value
-    if isinstance(value, Mapping):
-        return {key: _inputs(item, stay, before) for key, item in value.items()}
-    return value
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=1e-3, atol=1e-4 * max(1.0, float(b.abs().max()) if b.numel() else 1.0)
+    )

@@ -16,7 +16,8 @@ from gateplug.early_exit import functional as E
 from gateplug.early_exit.batches import logits_of
 from gateplug.early_exit.branch import ExitBranch, last_places
 from gateplug.early_exit.costs import exit_costs
-from gateplug.early_exit.stages import _rows
+from gateplug.early_exit.flow import Flow
+from gateplug.early_exit.stages import stages_of
 from tests.early_exit.nets import NETS, Batch, Stacked, run
 
 RULES = [("jei", "official"), ("jei", "cdf"), ("jei", "hazard"), ("confidence", ""), ("entropy", ""), ("patience", "")]
@@ -114,15 +115,17 @@ def test_the_last_token_is_the_rightmost_that_is_no_padding() -> None:
 
 def test_arguments_of_single_samples_follow_their_rows_and_no_others() -> None:
     stay = torch.tensor([True, False, True])
-    mask = torch.randn(3, 1, 5, 5)
-    assert torch.equal(_rows("attention_mask", mask, stay), mask[stay])
-    shared = torch.randn(3, 3)
-    assert _rows("", shared, stay) is shared, "three tokens, three samples: of all of them"
-    positions = torch.arange(5).expand(3, 5)
-    assert len(_rows("position_ids", positions, stay)) == 2
-    one = torch.arange(5)[None]
-    assert _rows("position_ids", one, stay) is one
-    assert _rows("x", None, stay) is None
+    mask, shared, positions = torch.randn(3, 1, 5, 5), torch.randn(3, 3), torch.arange(5).expand(3, 5)
+    stages = stages_of(with_exits("gpt2"))
+    flow = Flow(stages, torch.randn(3, 5, 16), (mask, shared, None), {"position_ids": positions, "x": positions}, (), {})
+    assert flow.follows == [True, False, False, True, False], "three tokens, three samples: a mask (3, 3) is of all of them"
+    flow.keep(stay)
+    assert torch.equal(flow.beside[0], mask[stay])
+    assert flow.beside[1] is shared
+    assert flow.beside[2] is None
+    assert flow.beside[3].shape == (2, 5)
+    one = Flow(stages, torch.randn(3, 5, 16), (), {"position_ids": torch.arange(5)[None]}, (), {})
+    assert one.follows == [False]
 
 
 def test_costs_are_those_of_the_exits(tmp_path: Any) -> None:

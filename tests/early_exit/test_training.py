@@ -190,7 +190,7 @@ def test_in_a_test_samples_leave_and_the_modules_own_metric_is_of_what_the_exits
     handle = module.net.vit.layers[1].register_forward_hook(lambda *_: calls.append(1))
     (result,) = t.test(module, loader(8, shuffle=False, image=True), verbose=False)
     handle.remove()
-    assert not calls, "all leave at the first exit"
+    assert len(calls) == 2, "all leave at the first exit; the first batch was run whole as well, to see how the network ends"
     assert result["early_exit/test/exit0/left"] == 1
     (branch,) = exits(module)
     module.eval()
