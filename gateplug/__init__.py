@@ -16,7 +16,16 @@ from gateplug.core import (
     load,
 )
 from gateplug.data import Digits, ImageData, OverlaidImages, Ratings, SyntheticTasks, TextData, exact_loader
-from gateplug.early_exit import CalibrationError, ConformalCoverage, EarlyExit, ExitCalibration, ExitGate, ExitOutput, ExitRunner
+from gateplug.early_exit import (
+    CalibrationError,
+    ConformalCoverage,
+    EarlyExit,
+    ExitCalibration,
+    ExitGate,
+    ExitOutput,
+    ExitPrograms,
+    ExitRunner,
+)
 from gateplug.glu import FFN, GLU, ReplaceFFN
 from gateplug.moe import (
     DSelectK,
@@ -51,6 +60,7 @@ __all__ = [
     "ExitCalibration",
     "ExitGate",
     "ExitOutput",
+    "ExitPrograms",
     "ExitRunner",
     "ExpertChoiceGate",
     "ExpertMLP",

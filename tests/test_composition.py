@@ -15,7 +15,7 @@ from torch import nn
 import gateplug as gp
 from tests.composition import CELLS, TOGETHER
 from tests.conformance import CASES
-from tests.modules import UserModule, digits, loader, trainer
+from tests.modules import UserModule, answers, digits, loader, trainer
 from tests.plugs import ToyPlug
 
 ROUTED = {"RegulateRouters", "ExpertMonitor"}
@@ -69,7 +69,7 @@ def test_together_they_train_resume_and_fold(pair: tuple[str, str], tmp_path: Pa
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
     x = digits(4)[:][0]
     with torch.no_grad():
-        assert torch.allclose(gp.fold(whole)(x), whole.eval()(x), atol=1e-6)
+        assert torch.allclose(answers(gp.fold(whole), x), whole.eval()(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("pair", [p for p, cell in ORDERS.items() if cell != TOGETHER], ids="+".join)

@@ -1,4 +1,4 @@
-"""``gateplug fold CKPT OUT``: from a checkpoint to the plain network, as weights or as an exported program."""
+"""``gateplug fold CKPT OUT``: from a checkpoint to the plain network, as weights or as exported programs."""
 
 import argparse
 import importlib
@@ -15,6 +15,8 @@ import gateplug
 from gateplug.cli.errors import UserError
 from gateplug.cli.record import EXAMPLE_KEY, MODEL_KEY, build_example
 from gateplug.core import PlugError, fold, load
+from gateplug.early_exit import ExitRunner
+from gateplug.early_exit.programs import FORMATS
 
 
 def fold_checkpoint(args: list[str]) -> None:
@@ -25,7 +27,10 @@ def fold_checkpoint(args: list[str]) -> None:
     """
     parser = argparse.ArgumentParser("gateplug fold", description="Write the plain network of a checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="written by `gateplug fit`")
-    parser.add_argument("out", type=Path, help="NAME.safetensors (config.json is put beside it) or NAME.pt2")
+    parser.add_argument(
+        "out", type=Path, help="NAME.safetensors (config.json is put beside it), NAME.pt2, or a folder for a network with exits"
+    )
+    parser.add_argument("--form", choices=FORMATS, default="pt2", help="of the programs in a folder; onnx needs gateplug[onnx]")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--register",
@@ -43,16 +48,32 @@ def fold_checkpoint(args: list[str]) -> None:
         hint = " On the command line: `--register PACKAGE.NAME`." if "register=" in str(error) else ""
         raise UserError(f"{given.checkpoint} cannot be folded: {error}.{hint}") from error
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(net, ExitRunner) != (not given.out.suffix) and given.out.suffix != ".safetensors":
+        raise UserError(
+            f"OUT is {str(given.out)!r}, and the network has exits: it becomes a program for each stage. Name a folder, e.g. "
+            f"{str(given.out.with_suffix(''))!r}, or NAME.safetensors."
+            if given.out.suffix
+            else f"OUT is {str(given.out)!r}, a folder, and the network has no exits: it is one program. Add .pt2 to the name."
+        )
     if given.out.suffix == ".safetensors":
         _write_weights(net, checkpoint, *outputs)
+    elif isinstance(net, ExitRunner):
+        _export_stages(net, checkpoint, given.out, given.form)
     else:
         _export(net, checkpoint, given.out)
     print("wrote " + ", ".join(str(path) for path in outputs))
 
 
 def _outputs(out: Path, overwrite: bool) -> list[Path]:
-    if out.suffix not in (".safetensors", ".pt2"):
-        raise UserError(f"OUT is {str(out)!r}; its ending must be .safetensors (weights) or .pt2 (exported program).")
+    if out.suffix not in (".safetensors", ".pt2", ""):
+        raise UserError(
+            f"OUT is {str(out)!r}; its ending must be .safetensors (weights) or .pt2 (exported program), or a folder for the "
+            "programs of a network with exits."
+        )
+    if not out.suffix:
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise UserError(f"{out} holds something already. Choose a folder that is new or empty.")
+        return [out]
     outputs = [out, out.parent / "config.json"] if out.suffix == ".safetensors" else [out]
     exist = [str(path) for path in outputs if path.exists()]
     if exist and not overwrite:
@@ -103,13 +124,26 @@ def _plain_output(net: nn.Module, args: Any, output: Any) -> Any:
     return {key: value for key, value in output.items() if isinstance(value, (torch.Tensor, tuple, list, dict))}
 
 
-def _export(net: nn.Module, checkpoint: dict[str, Any], out: Path) -> None:
+def _example(checkpoint: dict[str, Any]) -> Any:
     example = checkpoint.get(EXAMPLE_KEY)
     if example is None:
         raise UserError(
             "The checkpoint does not say what the network is called with (`gateplug fit` writes that when the network"
             " is one sub-module of the LightningModule). Use `torch.export` in Python, or OUT.safetensors."
         )
+    return example
+
+
+def _export_stages(runner: ExitRunner, checkpoint: dict[str, Any], out: Path, form: str) -> None:
+    args, kwargs = build_example(_example(checkpoint), batch=2)
+    try:
+        runner.export(out, args, kwargs, form)
+    except PlugError as error:
+        raise UserError(str(error)) from error
+
+
+def _export(net: nn.Module, checkpoint: dict[str, Any], out: Path) -> None:
+    example = _example(checkpoint)
     try:
         # Two samples: torch.export takes a size of 1 for a constant.
         args, kwargs = build_example(example, batch=2)

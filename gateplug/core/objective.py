@@ -44,6 +44,10 @@ class Injection:
         """Forget the values: a step begins."""
         self._values = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a step has left is not copied nor saved."""
+        return {"scale": None, "_values": []}
+
     def add(self, x: Tensor, name: str, term: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `x` and, in backward, add the gradient of `term(x)` to its gradient.
 

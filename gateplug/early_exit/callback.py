@@ -13,6 +13,7 @@ from gateplug.core.fresh import seeded
 from gateplug.core.optim import GroupOptions
 from gateplug.core.select import Layers, select
 from gateplug.early_exit.branch import ExitBranch, Reading
+from gateplug.early_exit.conformal import check_alpha
 from gateplug.early_exit.functional import FEATURES, MODES
 from gateplug.early_exit.layers import ExitGate
 from gateplug.early_exit.losses import WEIGHTINGS
@@ -50,7 +51,10 @@ class EarlyExit(TrainedExits):
         features: what gates see, names out of :data:`functional.FEATURES`.
         cumulative: balance a gate by the samples whose best exit is at or before it; False: at it, as the official code.
         lr_scale: factor on the learning rate of heads and gates, ≥ 0.
-        operating_point: `{"cost": share}` or `{"accuracy": share}`: fit the threshold to it in each validation after the warm-up.
+        operating_point: `{"cost": share}`, `{"accuracy": share}` or `{"latency": seconds, "batch": samples}`: fit the threshold
+            to it in each validation after the warm-up.
+        latency: sizes of batches at which the exits are timed on this machine at the end of a fit; () for not at all.
+        alpha: of the conformal sets that a test reports, in (0, 1): how many may miss the true label.
 
     Raises:
         ValueError: a number out of its range, an unknown name.
@@ -82,6 +86,8 @@ class EarlyExit(TrainedExits):
         cumulative: bool = False,
         lr_scale: float = 1.0,
         operating_point: dict[str, float] | None = None,
+        latency: Sequence[int] = (1, 64),
+        alpha: float = 0.05,
     ) -> None:
         for name, value, allowed in (("gate", gate, RULES), ("mode", mode, MODES), ("weighting", weighting, WEIGHTINGS)):
             if value not in allowed:
@@ -108,14 +114,20 @@ class EarlyExit(TrainedExits):
             raise ValueError(f"classes={classes} must be at least 2")
         ExitGate(features)
         check_target(operating_point)
+        check_alpha(alpha)
+        if isinstance(latency, str) or not isinstance(latency, Sequence):
+            raise TypeError(f"latency={latency!r} must be a list of batch sizes, or () for no measurement")
+        whole_numbers(**{f"latency[{i}]": batch for i, batch in enumerate(latency)})
+        if any(batch < 1 for batch in latency):
+            raise ValueError(f"latency={list(latency)} must be batch sizes ≥ 1")
         self.at, self.gate, self.cost_weight, self.mode, self.threshold = at, gate, cost_weight, mode, threshold
         self.weighting, self.head, self.pool, self.width, self.classes = weighting, head, pool, width, classes
         self.freeze_backbone = freeze_backbone
         self.warmup_epochs, self.every, self.features, self.cumulative = warmup_epochs, every, features, cumulative
-        self.lr_scale, self.operating_point = lr_scale, operating_point
+        self.lr_scale, self.operating_point, self.latency, self.alpha = lr_scale, operating_point, latency, alpha
         self.layers: Layers = "auto" if isinstance(at, int) else at
-        self.group = GroupOptions(lr_scale)
-        self.group = self.group if lr_scale != 1 else None
+        options = GroupOptions(lr_scale)
+        self.group = options if lr_scale != 1 else None
         self._begin()
 
     # ------------------------------------------------------------------ what is attached

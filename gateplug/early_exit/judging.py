@@ -1,31 +1,31 @@
-"""The part of EarlyExit that looks on: what exits say of a validation, and tests in which samples really leave."""
+"""The part of EarlyExit that looks on: what exits say of a validation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gateplug.core.errors import PlugError
 from gateplug.core.plug import Plug
-from gateplug.core.wrap import unwrap, wrap
 from gateplug.early_exit.batches import first_sample, labels_of, logits_of
 from gateplug.early_exit.branch import ExitBranch, Reading, last_places
+from gateplug.early_exit.conformal import VARIANTS, conformal_thresholds
 from gateplug.early_exit.costs import exit_costs
 from gateplug.early_exit.frozen import Frozen
+from gateplug.early_exit.latency import Call, exit_times
 from gateplug.early_exit.runner import ExitRunner
 from gateplug.early_exit.schedule import Phase, Schedule
+from gateplug.early_exit.tested import TestRecords
 from gateplug.early_exit.validation import RULES, ExitRecords, Seen, look, scores_of
 
 
 class JudgedExits(Plug):
-    """What :class:`EarlyExit` does in validation, test and prediction. It sets the arguments, `_branches` and `_net`."""
+    """What :class:`EarlyExit` does in validation. It sets the arguments, `_branches` and `_net`."""
 
     gate: str
     mode: str
@@ -37,6 +37,8 @@ class JudgedExits(Plug):
     cumulative: bool
     warmup_epochs: int
     every: int
+    latency: Sequence[int]
+    alpha: float
     seen: Seen | None
     """What the last validation said."""
     cost: Tensor | None
@@ -56,8 +58,16 @@ class JudgedExits(Plug):
         self._labels: Tensor | None = None
         self._logits: Tensor | None = None
         self._handles: list[RemovableHandle] = []
-        self._exits: list[Tensor] = []
+        self._tested: TestRecords | None = None
         self._running = False
+        self._history: list[Tensor] = []
+        """(L,) share of samples that left at each exit, of every validation after the warm-up."""
+        self._conformal: dict[str, Tensor] = {}
+        """Variant -> (L,) thresholds of conformal sets, from the last validation."""
+        self._example: tuple[Call, int] | None = None
+        """A call of the network, and its samples."""
+        self._times: dict[int, Tensor] = {}
+        """Batch size -> (L,) median seconds of the exits."""
 
     # ------------------------------------------------------------------ validation
 
@@ -90,10 +100,14 @@ class JudgedExits(Plug):
         if records is None or self.cost is None or self._schedule is None:
             return
         target = None if self._schedule.warm else self.operating_point
+        spent = self.cost
+        if target is not None and "latency" in target:
+            spent = self._timed(trainer, pl_module, int(target.get("batch", 1)))
+            target = {"cost": target["latency"]}
         try:
-            seen = look(records, self.gate, self.threshold, target, self.cost, self.cost_weight, self.cumulative)
+            seen = look(records, self.gate, self.threshold, target, self.cost, self.cost_weight, self.cumulative, spent)
         except ValueError as error:
-            raise PlugError(f"EarlyExit cannot fit operating_point={target}: {error}") from error
+            raise PlugError(f"EarlyExit cannot fit operating_point={self.operating_point}: {error}") from error
         if seen is None:
             return
         for branch in self._branches:
@@ -102,65 +116,30 @@ class JudgedExits(Plug):
         for i, accuracy in enumerate(seen.accuracy.tolist()):
             pl_module.log(f"early_exit/exit{i}/accuracy", accuracy, sync_dist=True)
             pl_module.log(f"early_exit/exit{i}/left", float(seen.left[i]), sync_dist=True)
+            pl_module.log(f"early_exit/exit{i}/calibration_error", float(seen.calibration[i]), sync_dist=True)
+        pl_module.log("early_exit/calibration_error", float(seen.calibration[-1]), sync_dist=True)
         pl_module.log("early_exit/accuracy", seen.answered, sync_dist=True, prog_bar=True)
         pl_module.log("early_exit/cost", seen.cost, sync_dist=True, prog_bar=True)
         if self._schedule.warm:
             self._schedule.validated(seen.accuracy[:-1].tolist(), [branch.head for branch in self._branches])
+        else:
+            self._history.append(seen.left)
+        true = seen.found["true"]
+        self._conformal = {v: conformal_thresholds(true, seen.exit, self.alpha, v) for v in VARIANTS}
 
-    # ------------------------------------------------------------------ test and prediction
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on samples leave."""
-        self._run_early(pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The network as it was."""
-        unwrap(self._net, self)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log who left where."""
-        if self._exits:
-            exits = torch.cat(self._exits)
-            left = torch.bincount(exits, minlength=len(self._branches) + 1).double() / len(exits)
-            for i, share in enumerate(left.tolist()):
-                pl_module.log(f"early_exit/test/exit{i}/left", share, sync_dist=True)
-            cost = [float(branch.cost) for branch in self._branches]
-            if cost[0] == cost[0]:  # counted
-                pl_module.log("early_exit/test/cost", float(left @ torch.tensor([*cost, 1.0]).double()), sync_dist=True)
-        self._exits = []
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on samples leave."""
-        self._run_early(pl_module)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The network as it was."""
-        unwrap(self._net, self)
-
-    def _run_early(self, module: LightningModule) -> None:
-        trained = self._schedule if self._schedule is not None else self._restored.get("schedule")
-        warm = trained.warm if isinstance(trained, Schedule) else trained is None or bool(trained["warm"])
-        if warm and self.gate == "jei":
-            rank_zero_warn("EarlyExit: no phase of gates was run, so the gates that decide who leaves are untrained")
-        runner = ExitRunner(module)
-        self._exits = []
-        wrap(self._net, "forward", self, partial(self._early, runner))
-
-    def _early(self, runner: ExitRunner, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if self._running:  # the runner itself
-            return inner(*args, **kwargs)
-        self._running = True
-        try:
-            out = runner(*args, **kwargs)
-        finally:
-            self._running = False
-        self._exits.append(out.exit.cpu())
-        logits = out.logits.clone()  # an inference tensor outside of it
-        if runner.stages.stack.reads == "any":
-            return logits
-        from transformers.modeling_outputs import SequenceClassifierOutput
-
-        return SequenceClassifierOutput(logits=logits)
+    def _timed(self, trainer: Trainer, module: LightningModule, batch: int) -> Tensor:
+        """(L,) median seconds of a batch that leaves at each exit; measured once, on the first process, for all of them."""
+        if batch not in self._times:
+            assert self._example is not None
+            seconds = None
+            if trainer.is_global_zero:
+                training = {m: m.training for m in module.modules()}
+                seconds = exit_times(ExitRunner(module), *self._example, batch=batch).median.cummax(0).values
+                for m, was in training.items():
+                    m.training = was
+            told: Any = trainer.strategy.broadcast(seconds)
+            self._times[batch] = told
+        return self._times[batch]
 
     # ------------------------------------------------------------------ listening
 
@@ -187,6 +166,8 @@ class JudgedExits(Plug):
             return
         heard = [branch.hidden for branch in self._branches]
         self._logits = logits_of(out)
+        if self._records is not None and self._example is None:
+            self._example = ((args, {k: v for k, v in kwargs.items() if k != "labels"}), len(self._logits))
         if self.cost is None:
             self._check_classes()
             size = len(self._logits)

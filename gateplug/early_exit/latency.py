@@ -56,18 +56,34 @@ def exit_times(runner: ExitRunner, call: Call, samples: int, batch: int) -> Time
     return Times(batch, middle[:exits], high, middle[exits:])
 
 
+Point = tuple[float, float]
+"""p50 and p95 in seconds."""
+
+
 @torch.inference_mode()
-def run_times(runner: ExitRunner, thresholds: Sequence[float], call: Call, samples: int, batch: int) -> list[tuple[float, float]]:
-    """p50 and p95 in seconds of real batches at each threshold: each batch of other samples, samples leave where they do."""
+def measured_points(
+    runner: ExitRunner, targets: Sequence[tuple[float, float, float, float]], call: Call, samples: int, batch: int
+) -> list[Point]:
+    """Seconds of real batches at some thresholds: other samples in each batch, and each leaves where it does.
+
+    Args:
+        runner: its rule and mode count.
+        targets: (…, threshold, …) as :mod:`gateplug.early_exit.report` has them.
+        call: arguments of the network.
+        samples: rows of the call.
+        batch: size; rows are repeated as needed.
+    """
     device = next(runner.net.parameters()).device
-    starts = range(0, samples, batch) if batch < samples else [0]
-    calls = [taken(call, samples, batch, start) for start in list(starts)[: _MOST // 2]]
+    calls = [taken(call, samples, batch, start) for start in range(0, samples, batch)][: _MOST // 2]
 
     def work(threshold: float, at: Call) -> Callable[[], object]:
         return lambda: runner.run(Decision(runner.gate, runner.mode, threshold), *at)
 
-    found = [in_turns([work(threshold, at) for at in calls], device, least=1).median(0).values for threshold in thresholds]
-    return [(float(t.quantile(0.5)), float(t.quantile(0.95))) for t in found]
+    found = []
+    for _, threshold, *_ in targets:
+        seconds = in_turns([work(threshold, at) for at in calls], device, least=2).flatten()
+        found.append((float(seconds.quantile(0.5)), float(seconds.quantile(0.95))))
+    return found
 
 
 def taken(call: Call, samples: int, batch: int, start: int = 0) -> Call:
@@ -81,7 +97,7 @@ def in_turns(works: Sequence[Callable[[], object]], device: torch.device, least:
     """Seconds (rounds, works) float64 of each; once before that counts."""
     rounds: list[list[float]] = []
     begin = time.perf_counter()
-    while len(rounds) <= least or (time.perf_counter() - begin < _BUDGET * len(works) and len(rounds) <= _MOST):
+    while len(rounds) <= least or (time.perf_counter() - begin < _BUDGET and len(rounds) <= _MOST):
         rounds.append([_seconds(work, device) for work in works])
         begin = begin if len(rounds) > 1 else time.perf_counter()
     return torch.tensor(rounds[1:], dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TARGETS = ("cost", "accuracy", "latency")
 """What a threshold can be fitted to."""
 _SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-_COLORS = {"jei": "#2166ac", "confidence": "#d6604d", "entropy": "#4d9221", "patience": "#8c8c8c"}
+COLORS = {"jei": "#2166ac", "confidence": "#d6604d", "entropy": "#4d9221", "patience": "#8c8c8c"}
 
 
 def check_target(target: Mapping[str, float] | None) -> None:
@@ -95,6 +95,19 @@ def write_csv(points: Mapping[str, Sweep], path: Path) -> None:
                 out.writerow((rule, *(f"{value:.9g}" for value in row)))
 
 
+def write_latency(
+    rule: str, targets: Sequence[tuple[float, ...]], points: Mapping[int, Sequence[tuple[float, float]]], path: Path
+) -> None:
+    """Points as they were run: rule, threshold, cost, accuracy, and seconds of a batch of each size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(("rule", "threshold", "cost", "accuracy", "batch", "p50", "p95"))
+        for batch, measured in points.items():
+            for target, times in zip(targets, measured, strict=True):
+                out.writerow((rule, *(f"{value:.9g}" for value in target[1:]), batch, *(f"{value:.6g}" for value in times)))
+
+
 def draw(points: Mapping[str, Sweep], cost: Tensor, accuracy: Tensor, chosen: tuple[float, float], title: str) -> Figure:
     """Accuracy against cost, a line a rule, a mark for each exit if all samples left there, and the point that is used.
 
@@ -112,7 +125,7 @@ def draw(points: Mapping[str, Sweep], cost: Tensor, accuracy: Tensor, chosen: tu
     for rule, one in points.items():
         assert one.accuracy is not None
         x, y = one.cost.tolist(), one.accuracy.tolist()
-        axes.step(x, y, where="post", color=_COLORS.get(rule), label=rule, linewidth=1.6)
+        axes.step(x, y, where="post", color=COLORS.get(rule), label=rule, linewidth=1.6)
     axes.plot(cost.tolist(), accuracy.tolist(), "x", color="black", label="all samples at one exit")
     axes.plot(*chosen, "o", color="black", fillstyle="none", markersize=9, label="threshold in use")
     axes.set(xlabel="mean cost, share of the network's multiply-adds", ylabel="accuracy on validation samples")

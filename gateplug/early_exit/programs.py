@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("pt2", "onnx")
 _MANIFEST = "exits.json"
-Program = Callable[..., Any]
+Program = Callable[..., list[Tensor]]
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def export_stages(runner: ExitRunner, folder: Path, args: tuple[Any, ...], kwarg
     folder.mkdir(parents=True, exist_ok=True)
     free = torch.export.Dim("batch", min=1)
 
-    def write(name: str, module: nn.Module, given: list[Tensor], rows: list[bool]) -> Program:
+    def write(name: str, module: nn.Module, given: list[Tensor], rows: list[bool]) -> Callable[..., Any]:
         shapes = tuple({0: free} if follow else None for follow in rows)
         return _write(folder / f"{name}.{form}", module.eval(), tuple(given), shapes, form)
 
@@ -98,14 +98,15 @@ def export_stages(runner: ExitRunner, folder: Path, args: tuple[Any, ...], kwarg
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(path: Path, module: nn.Module, given: tuple[Tensor, ...], shapes: tuple[Any, ...], form: str) -> Program:
+def _write(path: Path, module: nn.Module, given: tuple[Tensor, ...], shapes: tuple[Any, ...], form: str) -> Callable[..., Any]:
     try:
         program = torch.export.export(module, given, dynamic_shapes=(shapes,))
         program = torch.export.export(_needed(program), given, dynamic_shapes=shapes)
         if form == "pt2":
             torch.export.save(program, path)
         else:
-            torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
+            names = [f"x{i}" for i in range(len(given))]  # an input that is not needed is left out
+            torch.onnx.export(program, (), path, input_names=names, dynamo=True, verbose=False, external_data=False)
         return program.module()
     except ImportError as error:
         raise PlugError(f"form='onnx' needs the packages onnx and onnxscript: pip install 'gateplug[onnx]' ({error})") from error
@@ -180,7 +181,7 @@ class ExitPrograms:
         assert logits is not None
         if len(rows):
             more = inputs if self.told["end_takes_inputs"] else []
-            logits[rows] = self.programs["end"](hidden, *beside, *more)
+            logits[rows] = self.programs["end"](hidden, *beside, *more)[0]
         costs = self.told["costs"]
         return ExitOutput(logits, exits, None if costs is None else torch.tensor(costs, device=exits.device)[exits])
 
@@ -191,16 +192,21 @@ def _given(gate: Tensor, logits: Tensor) -> Tensor:
 
 def _load(path: Path) -> Program:
     if path.suffix == ".pt2":
-        return torch.export.load(path).module()
+        module = torch.export.load(path).module()
+
+        def run_module(*given: Tensor) -> list[Tensor]:
+            out = module(*given)
+            return [out] if isinstance(out, Tensor) else list(out)
+
+        return run_module
     try:
         import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
         raise PlugError("programs in ONNX need the package onnxruntime: pip install 'gateplug[onnx]'") from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
+    numbers = {value.name: int(value.name.removeprefix("x")) for value in session.get_inputs()}
 
-    def run(*given: Tensor) -> Any:
-        out = [torch.from_numpy(y) for y in session.run(None, dict(zip(names, (t.numpy() for t in given), strict=True)))]
-        return out if len(out) > 1 else out[0]
+    def run_session(*given: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(y) for y in session.run(None, {name: given[i].numpy() for name, i in numbers.items()})]
 
-    return run
+    return run_session

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +12,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from gateplug.core.errors import PlugError
-from gateplug.core.figure import save
 from gateplug.core.graph import keep
-from gateplug.core.table import print_table
 from gateplug.core.wrap import unwrap
 from gateplug.early_exit.batches import labels_of
 from gateplug.early_exit.functional import best_exit, exit_probabilities
-from gateplug.early_exit.judging import JudgedExits
+from gateplug.early_exit.leaving import LeavingExits
 from gateplug.early_exit.losses import gate_loss, gate_targets, inference_loss, warmup_loss
-from gateplug.early_exit.operating import at_equal_cost, draw, nearest_point, write_csv
+from gateplug.early_exit.operating import nearest_point
+from gateplug.early_exit.report import show, time_exits
 from gateplug.early_exit.schedule import Schedule, rest
-from gateplug.early_exit.validation import Seen
 
 
-class TrainedExits(JudgedExits):
+class TrainedExits(LeavingExits):
     """What :class:`EarlyExit` does from the start of a fit to its end."""
 
     # ------------------------------------------------------------------ a fit
@@ -46,6 +43,7 @@ class TrainedExits(JudgedExits):
         if self._restored:
             self._schedule.load_state_dict(self._restored["schedule"])
             self.cost, self._pos_weight = self._restored["cost"], self._restored["pos_weight"]
+            self._conformal, self._history = self._restored["conformal"], list(self._restored["history"])
         elif self.cost_weight == 0 and self.gate == "jei":
             rank_zero_warn("EarlyExit with cost_weight=0: running on costs nothing, so that hardly a sample will leave early")
         if self.gate == "jei" and self.cost_weight >= math.log(self._classes):
@@ -170,11 +168,10 @@ class TrainedExits(JudgedExits):
                 "larger lr_scale or a longer training may help"
             )
         if self.seen is not None and self.cost is not None:
-            self._show(trainer, pl_module, self.seen, self.cost)
-            names = [*(str(i) for i in range(len(self._branches))), "network"]
-            rows = zip(names, self.cost.tolist(), self.seen.accuracy.tolist(), self.seen.left.tolist(), strict=True)
-            columns = ("exit", "cost", "accuracy of all", "share that leaves")
-            print_table("Exits in the last validation", columns, [(n, *(f"{x:.4f}" for x in numbers)) for n, *numbers in rows])
+            show(trainer, self.seen, self.cost, self._history)
+            if self.latency and self._example is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                time_exits(trainer, pl_module, self.seen, self._example, self.latency)
+        self._example = None
 
     def _release(self, module: nn.Module) -> None:
         super()._release(module)
@@ -203,22 +200,6 @@ class TrainedExits(JudgedExits):
             )
         return nearest_point(self.seen.points[gate or self.gate], cost, accuracy)
 
-    def _show(self, trainer: Trainer, module: LightningModule, seen: Seen, cost: Tensor) -> None:
-        """Table, picture and CSV of the operating points."""
-        folder = trainer.log_dir or trainer.default_root_dir
-        if not trainer.is_global_zero:
-            return
-        print_table("Accuracy at equal cost (validation)", ("cost at most", *seen.points), at_equal_cost(seen.points))
-        title = f"early_exit: operating points at step {trainer.global_step}"
-        figure = draw(seen.points, cost, seen.accuracy, (seen.cost, seen.answered), title)
-        for logger in trainer.loggers:
-            board: Any = getattr(logger, "experiment", None)
-            if hasattr(board, "add_figure"):
-                board.add_figure("early_exit/operating_points", figure, global_step=trainer.global_step, close=False)
-        if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            save(figure, Path(folder) / "figures" / "early_exit_operating_points.png")
-            write_csv(seen.points, Path(folder) / "early_exit_operating_points.csv")
-
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,6 +207,7 @@ class TrainedExits(JudgedExits):
         state = super().state_dict()
         if self._schedule is not None:
             state |= {"schedule": self._schedule.state_dict(), "cost": self.cost, "pos_weight": self._pos_weight}
+            state |= {"conformal": self._conformal, "history": self._history}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

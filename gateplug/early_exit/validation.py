@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gateplug.early_exit.functional import (
     best_exit,
+    calibration_error,
     confidence_scores,
     entropy_scores,
     exit_scores,
@@ -45,6 +46,10 @@ class Seen(NamedTuple):
     """Rule -> what each of its thresholds comes to."""
     threshold: float
     """The one in use."""
+    calibration: Tensor
+    """(L + 1,) pooled calibration error of each exit on all samples, and of the answers."""
+    found: dict[str, Tensor]
+    """Of every sample: scores (N, K) by rule, `correct`, `p_max` and `true` (1 − p of the label), (N, L)."""
 
 
 def scores_of(rule: str, mode: str, gates: Tensor, logits: Tensor) -> Tensor:
@@ -67,18 +72,29 @@ class ExitRecords(Pooled):
                 **dict.fromkeys(RULES, ((exits - 1,), torch.float32)),
                 "correct": ((exits,), torch.bool),
                 "ce": ((exits,), torch.float32),
+                "p_max": ((exits,), torch.float32),
+                "true": ((exits,), torch.float32),
             }
         )
         self.exits = exits
 
     def update(self, scores: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
         """Add a batch: scores (B, K) by rule, logits of every exit (B, L, C), labels (B,)."""
+        kept = labels != -100
+        logits, labels = logits[kept], labels[kept]
         ce = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(-1, self.exits), reduction="none")
-        self.add(**scores, correct=logits.argmax(-1) == labels[:, None], ce=ce)
+        confidence, guess = logits.softmax(-1).max(-1)
+        self.add(
+            **{rule: values[kept] for rule, values in scores.items()},
+            correct=guess == labels[:, None],
+            ce=ce,
+            p_max=confidence,
+            true=-torch.expm1(-ce),
+        )
 
     def compute(self) -> dict[str, Tensor]:
-        """Scores (N, K) by rule, `correct` (N, L) and `ce` (N, L) of all samples, on the CPU."""
-        return {name: self.all(name).cpu() for name in (*RULES, "correct", "ce")}
+        """Scores (N, K) by rule; `correct`, `ce`, `p_max` and `true` (N, L) of all samples, on the CPU."""
+        return {name: self.all(name).cpu() for name in self._parts}
 
 
 def look(
@@ -89,6 +105,7 @@ def look(
     cost: Tensor,
     cost_weight: float,
     cumulative: bool,
+    spent: Tensor | None = None,
 ) -> Seen | None:
     """What the records say; None without a sample.
 
@@ -100,6 +117,7 @@ def look(
         cost: (L,).
         cost_weight: λ.
         cumulative: of the gates' weights.
+        spent: (L,) what a target's cost is counted in, if not in `cost`: seconds.
     """
     found = records.compute()
     correct, ce = found["correct"], found["ce"]
@@ -108,10 +126,12 @@ def look(
     scores = found[rule]
     if target is not None:
         fitted = {f"target_{name}": value for name, value in target.items()}
-        threshold = fit_threshold(scores, cost, correct=correct, **fitted)
+        threshold = fit_threshold(scores, cost if spent is None else spent, correct=correct, **fitted)
     exits = first_exit(scores, threshold)
     left = torch.bincount(exits, minlength=records.exits).double() / len(exits)
     best = best_exit(ce, cost.to(ce.dtype), cost_weight)
+    own = (found["p_max"].gather(1, exits[:, None])[:, 0], correct.gather(1, exits[:, None])[:, 0])
+    parts = [*zip(found["p_max"].unbind(1), correct.unbind(1), strict=True), own]
     return Seen(
         correct.double().mean(0),
         exits,
@@ -121,4 +141,6 @@ def look(
         gate_pos_weight(best, records.exits - 1, cumulative),
         operating_points({name: found[name] for name in RULES}, cost, correct),
         threshold,
+        torch.stack([calibration_error(confidence, right) for confidence, right in parts]),
+        found,
     )

@@ -188,6 +188,10 @@ class Regulator(Gate):
         used = (weights != 0).sum(-1).float()
         return float((used if counted is None else used[counted.mask]).mean())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What the last batch has left is not copied nor saved."""
+        return {**self.__dict__, "values": {}, "last": None}
+
     def start(self) -> None:
         """A new batch begins."""
         self._calls = []
