@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def heat_map(rows: Mapping[str, Tensor], title: str, across: str, down: str = "layer") -> Figure:
+def heat_map(rows: Mapping[str, Tensor], title: str, across: str, down: str = "layer", what: str = "openness") -> Figure:
     """Draw values in [0, 1], one row per name, each row sorted as it is; shorter rows end in grey.
 
     Args:
@@ -21,6 +21,7 @@ def heat_map(rows: Mapping[str, Tensor], title: str, across: str, down: str = "l
         title: of the figure.
         across: what the horizontal axis counts, e.g. "unit".
         down: what the rows are.
+        what: the values are.
     """
     from matplotlib.figure import Figure
 
@@ -41,7 +42,7 @@ def heat_map(rows: Mapping[str, Tensor], title: str, across: str, down: str = "l
     axes.set_xlabel(across)
     axes.set_ylabel(down)
     axes.set_title(title, fontsize=10)
-    figure.colorbar(shown, ax=axes, label="openness")
+    figure.colorbar(shown, ax=axes, label=what)
     return figure
 
 

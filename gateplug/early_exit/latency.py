@@ -56,19 +56,19 @@ def exit_times(runner: ExitRunner, call: Call, samples: int, batch: int) -> Time
     return Times(batch, middle[:exits], high, middle[exits:])
 
 
+Target = tuple[str, float, float, float]
+"""An operating point: what it is, threshold, cost, accuracy."""
 Point = tuple[float, float]
 """p50 and p95 in seconds."""
 
 
 @torch.inference_mode()
-def measured_points(
-    runner: ExitRunner, targets: Sequence[tuple[float, float, float, float]], call: Call, samples: int, batch: int
-) -> list[Point]:
+def measured_points(runner: ExitRunner, targets: Sequence[Target], call: Call, samples: int, batch: int) -> list[Point]:
     """Seconds of real batches at some thresholds: other samples in each batch, and each leaves where it does.
 
     Args:
         runner: its rule and mode count.
-        targets: (…, threshold, …) as :mod:`gateplug.early_exit.report` has them.
+        targets: operating points.
         call: arguments of the network.
         samples: rows of the call.
         batch: size; rows are repeated as needed.

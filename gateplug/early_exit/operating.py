@@ -96,7 +96,7 @@ def write_csv(points: Mapping[str, Sweep], path: Path) -> None:
 
 
 def write_latency(
-    rule: str, targets: Sequence[tuple[float, ...]], points: Mapping[int, Sequence[tuple[float, float]]], path: Path
+    rule: str, targets: Sequence[tuple[str, float, float, float]], points: Mapping[int, Sequence[tuple[float, float]]], path: Path
 ) -> None:
     """Points as they were run: rule, threshold, cost, accuracy, and seconds of a batch of each size."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from gateplug.core.errors import PlugError
 from gateplug.core.figure import heat_map, save
 from gateplug.core.table import print_table
 from gateplug.early_exit.diagrams import draw_latency, draw_reliability
-from gateplug.early_exit.latency import Call, Point, Times, dear_exits, exit_times, measured_points
+from gateplug.early_exit.latency import Call, Point, Target, Times, dear_exits, exit_times, measured_points
 from gateplug.early_exit.operating import at_equal_cost, draw, write_csv, write_latency
 from gateplug.early_exit.runner import ExitRunner
 from gateplug.early_exit.thresholds import sweep
@@ -38,7 +38,9 @@ def show(trainer: Trainer, seen: Seen, cost: Tensor, history: Sequence[Tensor]) 
     if len(history) > 1:
         shares = torch.stack(list(history), 1)
         rows = {f"exit {i}" if i < len(shares) - 1 else "network": share for i, share in enumerate(shares)}
-        publish(trainer, "over_training", heat_map(rows, "early_exit: share of samples that leave", "validation", "exit"))
+        publish(
+            trainer, "over_training", heat_map(rows, "early_exit: who leaves where", "validation", "exit", "share of samples")
+        )
     if _written(trainer):
         write_csv(seen.points, _folder(trainer) / "early_exit_operating_points.csv")
 
@@ -75,7 +77,7 @@ def time_exits(
     print_table("Time of a batch that leaves at each exit, on this machine", ("exit", *heads), rows)
     columns = ("cost at most", "threshold", "cost", "accuracy", *heads)
     every = [
-        (f"{share:g}", f"{threshold:.4g}", f"{cost:.4f}", f"{accuracy:.4f}", *(f"{1e3 * x:.3g}" for p in points for x in p[n]))
+        (share, f"{threshold:.4g}", f"{cost:.4f}", f"{accuracy:.4f}", *(f"{1e3 * x:.3g}" for p in points for x in p[n]))
         for n, (share, threshold, cost, accuracy) in enumerate(targets)
     ]
     print_table(f"Operating points of {runner.gate}, run on this machine", columns, every)
@@ -93,7 +95,7 @@ def time_exits(
 
 
 def latency_figure(
-    seen: Seen, rule: str, times: Sequence[Times], points: Sequence[Sequence[Point]], targets: Sequence[tuple[float, ...]]
+    seen: Seen, rule: str, times: Sequence[Times], points: Sequence[Sequence[Point]], targets: Sequence[Target]
 ) -> Figure:
     """Accuracy against time: lines by the times of the exits, marks as run."""
     curves = {}
@@ -119,16 +121,17 @@ def publish(trainer: Trainer, name: str, figure: Figure) -> None:
         save(figure, _folder(trainer) / "figures" / f"early_exit_{name}.png")
 
 
-def _targets(seen: Seen, rule: str) -> list[tuple[float, float, float, float]]:
+def _targets(seen: Seen, rule: str) -> list[Target]:
     """(most that may be spent, threshold, cost, accuracy) of the points that are run, each other than the one before."""
-    one, found = seen.points[rule], []
+    one = seen.points[rule]
     assert one.accuracy is not None
+    found = [("in use", seen.threshold, seen.cost, seen.answered)]
     last = -1
     for share in (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0):
         within = (one.cost <= share + 1e-9).nonzero().flatten()
         if len(within) and int(within[-1]) != last:
             last = int(within[-1])
-            found.append((share, float(one.threshold[last]), float(one.cost[last]), float(one.accuracy[last])))
+            found.append((f"{share:g}", float(one.threshold[last]), float(one.cost[last]), float(one.accuracy[last])))
     return found
 
 

@@ -96,7 +96,7 @@ class TestRecords(Pooled):
             }
             each = zip(sets.coverage.tolist(), sets.size.tolist(), sets.samples.tolist(), strict=True)
             for i, (coverage, size, samples) in enumerate(each):
-                if samples:
+                if samples and variant == "per_exit":
                     numbers |= {f"conformal/{variant}/exit{i}/coverage": coverage, f"conformal/{variant}/exit{i}/size": size}
         return numbers
 
