@@ -2,11 +2,13 @@
 
     python docs/figures/results_early_exit.py run digits --seeds 0 1 2 3 4    # recipes/early_exit_digits.yaml
     python docs/figures/results_early_exit.py run text --seeds 0 1 2          # recipes/early_exit_text.yaml
+    python docs/figures/results_early_exit.py run cifar10 --seeds 0           # recipes/early_exit_cifar10.yaml
     python docs/figures/results_early_exit.py table                           # prints the tables in Markdown
     python docs/figures/results_early_exit.py draw                            # results_early_exit.png
 
-Run from the root of the repository, with the data set of the text in the folder that GATEPLUG_DATA names; `--pretrained FOLDER`
-takes the checkpoint of the text from a folder. `--arms` chooses arms. A run that is stored already is not repeated.
+Run from the root of the repository, with the data sets in the folder that GATEPLUG_DATA names; `--pretrained FOLDER` takes the
+checkpoint of the text from a folder, `--image-column NAME` is for a copy of CIFAR-10 whose column is not the hub's. `--arms`
+chooses arms. A run that is stored already is not repeated.
 
 An arm is a training; on its exits each rule is judged. Its threshold is fitted on the validation set, so that the mean of the
 multiply-adds comes as near to a target as it can from below, and then used on the test set.
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 STORE = HERE / "results_early_exit.json"
-RECIPES = {"digits": "early_exit_digits", "text": "early_exit_text"}
+RECIPES = {"digits": "early_exit_digits", "text": "early_exit_text", "cifar10": "early_exit_cifar10"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "jei": {},
     "heads": {"gate": "confidence"},
@@ -45,7 +47,7 @@ CDF = "cdf"
 """The first arm's network with its gates read otherwise: both modes have one P, and so one training."""
 PLAIN = "plain"
 """The network without exits."""
-ARMS = {"digits": (*SETTINGS, PLAIN), "text": ("jei", "heads")}
+ARMS = {"digits": (*SETTINGS, PLAIN), "text": ("jei", "heads"), "cifar10": ("jei",)}
 RULES = ("jei", "confidence", "entropy", "patience")
 TARGETS = ("own", 0.3, 0.5, 0.7)
 """Shares of the network's multiply-adds; own: what the trained gates spend on the validation set at their threshold of .5."""
@@ -75,7 +77,7 @@ class Heard(NamedTuple):
     """(N,)."""
 
 
-def measure(task: str, arm: str, seed: int, pretrained: str | None) -> list[Run]:
+def measure(task: str, arm: str, seed: int, pretrained: str | None, image_column: str | None = None) -> list[Run]:
     """Train one arm with one seed; what each rule comes to on the test set, seconds. The first arm is judged in two modes."""
     import json
 
@@ -93,6 +95,8 @@ def measure(task: str, arm: str, seed: int, pretrained: str | None) -> list[Run]
         args += ["--trainer.enable_progress_bar=false"]
         if pretrained is not None and task == "text":
             args += [f"--model.net.pretrained={pretrained}", f"--data.tokenizer={pretrained}"]
+        if image_column is not None and task == "cifar10":
+            args.append(f"--data.image_column={image_column}")
         start = time.perf_counter()
         if gateplug(args):
             raise SystemExit(f"{task}, {arm}, seed {seed}: the run failed")
@@ -102,6 +106,8 @@ def measure(task: str, arm: str, seed: int, pretrained: str | None) -> list[Run]
     told = recipe["data"]["init_args"] | {"seed": seed}
     if "tokenizer" in told and pretrained is not None:
         told["tokenizer"] = pretrained
+    if "image_column" in told and image_column is not None:
+        told["image_column"] = image_column
     data = getattr(gp, recipe["data"]["class_path"])(**told)
     data.setup("fit")
     data.setup("test")
@@ -303,6 +309,7 @@ def main() -> None:
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     run.add_argument("--arms", nargs="+", choices=[*SETTINGS, PLAIN])
     run.add_argument("--pretrained", help="folder of the text's checkpoint, in place of its hub id")
+    run.add_argument("--image-column", help="of the copy of CIFAR-10, if it is not the hub's")
     commands.add_parser("table")
     commands.add_parser("draw")
     args = parser.parse_args()
@@ -311,7 +318,7 @@ def main() -> None:
         for seed in args.seeds:
             for arm in args.arms or ARMS[args.task]:
                 if not any(r["arm"] == arm and r["seed"] == seed for r in stored(store=STORE).get(args.task, [])):
-                    for result in measure(args.task, arm, seed, args.pretrained):
+                    for result in measure(args.task, arm, seed, args.pretrained, args.image_column):
                         stored((args.task, result), STORE)
                         print(args.task, result, flush=True)
     elif args.command == "draw":
