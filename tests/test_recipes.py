@@ -195,6 +195,6 @@ def test_quickstart_in_a_process_of_its_own(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for shown in ("ReplaceFFN", "Gates at the end of the training", "test/accuracy", "checkpoint (last)"):
+    for shown in ("ReplaceFFN", "EarlyExit", "Gates at the end of the training", "test/accuracy", "checkpoint (last)"):
         assert shown in done.stdout
     assert (tmp_path / "quickstart" / "version_0" / "figures" / "glu_gates.png").is_file()
