@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -23,23 +24,38 @@ PARTS = sorted(str(p.relative_to(ROOT / "recipes" / "parts")) for p in (ROOT / "
 SHORT = ["--trainer.max_epochs=1", *(f"--trainer.limit_{part}_batches=2" for part in ("train", "val", "test"))]
 
 COMBINATIONS = {
-    "quickstart": ["data/digits.yaml", "model/vit_digits.yaml", "plug/gate_monitor.yaml", "plug/swiglu.yaml"],
+    "quickstart": [
+        "data/digits.yaml",
+        "model/vit_digits.yaml",
+        "plug/gate_monitor.yaml",
+        "plug/swiglu.yaml",
+        "plug/early_exit.yaml",
+    ],
     "glu_text": ["data/python_stdlib.yaml", "model/gpt2_bytes.yaml", "plug/swiglu.yaml"],
     "activation_fashion": ["data/fashion_mnist.yaml", "model/handcrafted_cnn.yaml", "plug/tempered_sigmoid.yaml"],
     "": ["data/python_stdlib_spans.yaml", "model/t5_bytes.yaml", "plug/swiglu.yaml", "plug/gate_monitor.yaml"],
 }
 """Parts that go together, by the recipe that is made of them."""
+WORDS = ("business", "entertainment", "politics", "sport", "tech")
 
 
-def fashion(folder: Path) -> None:
-    """A few images in the layout of Fashion-MNIST on the hub."""
+def images(folder: Path, column: str, *shape: int) -> None:
+    """A few images in the layout of a set of ten classes on the hub."""
     from datasets import ClassLabel, Dataset, Features, Image
 
-    features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
+    features = Features({column: Image(), "label": ClassLabel(num_classes=10)})
     for split, rows in (("train", 40), ("test", 20)):
-        pixels = torch.randint(0, 256, (rows, 28, 28), generator=torch.Generator().manual_seed(rows), dtype=torch.uint8)
-        columns = {"image": list(pixels.numpy()), "label": [i % 10 for i in range(rows)]}
+        pixels = torch.randint(0, 256, (rows, *shape), generator=torch.Generator().manual_seed(rows), dtype=torch.uint8)
+        columns = {column: list(pixels.numpy()), "label": [i % 10 for i in range(rows)]}
         Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def news(folder: Path) -> None:
+    """A few texts in the layout of SetFit's BBC news on the hub: one file of lines a split."""
+    for split, rows in (("train", 40), ("test", 20)):
+        kinds = [(i % 5, WORDS[i % 5]) for i in range(rows)]
+        lines = [{"text": f"{word} of the day", "label": label, "label_text": word} for label, word in kinds]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 def ratings(folder: Path) -> None:
@@ -48,8 +64,26 @@ def ratings(folder: Path) -> None:
     (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "\n".join(rows))
 
 
-HUB: dict[str, Callable[[Path], None]] = {"zalando-datasets/fashion_mnist": fashion, "ml-latest-small": ratings}
+HUB: dict[str, Callable[[Path], None]] = {
+    "zalando-datasets/fashion_mnist": lambda folder: images(folder, "image", 28, 28),
+    "uoft-cs/cifar10": lambda folder: images(folder, "img", 32, 32, 3),
+    "SetFit/bbc-news": news,
+    "ml-latest-small": ratings,
+}
 """Small stand-ins for the data sets that are not bundled. A recipe with a new one adds a line here."""
+
+
+def tiny_bert(folder: Path) -> str:
+    """A checkpoint with its tokenizer, in the layout of the hub: stands in for a pretrained network of this architecture."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "of", "the", "day", *WORDS]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -61,7 +95,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     def fit(files: list[Path], *options: str) -> Path:
         small = list(options)
         for file in files:
-            data = yaml.safe_load(file.read_text()).get("data", {}).get("init_args", {})
+            recipe = yaml.safe_load(file.read_text())
+            data = recipe.get("data", {}).get("init_args", {})
+            if pretrained := recipe.get("model", {}).get("init_args", {}).get("net", {}).get("init_args", {}).get("pretrained"):
+                bert = tiny_bert(tmp_path / pretrained.rsplit("/", 1)[-1])
+                small += [f"--model.net.pretrained={bert}", f"--data.tokenizer={bert}"]
             if "data" in data:  # images that are laid over each other
                 small += [f"--data.{part}_pairs=10" for part in ("train", "val", "test")]
                 data = data["data"]["init_args"]
@@ -117,8 +155,10 @@ def test_the_recipe_runs(recipe: Path, run: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("name", COMBINATIONS, ids=lambda name: name or "t5")
 def test_parts_combine(name: str, run: Callable[..., Path]) -> None:
-    folder = run([ROOT / "recipes" / "parts" / part for part in COMBINATIONS[name]])
-    assert len(plugs_in(folder)) == 1
+    files = [ROOT / "recipes" / "parts" / part for part in COMBINATIONS[name]]
+    folder = run(files)
+    wanted = [c["class_path"] for file in files for c in callbacks(yaml.safe_load(file.read_text()))]
+    assert plugs_in(folder) == [plug for plug in wanted if getattr(gp, plug).attaches]
 
 
 def test_every_part_is_in_a_combination() -> None:
@@ -155,6 +195,6 @@ def test_quickstart_in_a_process_of_its_own(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for shown in ("ReplaceFFN", "Gates at the end of the training", "test/accuracy", "checkpoint (last)"):
+    for shown in ("ReplaceFFN", "EarlyExit", "Gates at the end of the training", "test/accuracy", "checkpoint (last)"):
         assert shown in done.stdout
     assert (tmp_path / "quickstart" / "version_0" / "figures" / "glu_gates.png").is_file()

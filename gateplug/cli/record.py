@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 import gateplug
+from gateplug.tasks.backbone import setting_names
 
 MODEL_KEY = "gateplug_model"
 EXAMPLE_KEY = "gateplug_example"
@@ -104,8 +105,9 @@ def portable(node: Any, live: Any = None) -> Any:
         return {key: portable(value) for key, value in node.items()}
     path, arguments = full_name(node["class_path"]), dict(node.get("init_args") or {})
     if path == "gateplug.hf_model" and arguments.get("pretrained") and hasattr(live, "config"):
-        stored = live.config.to_diff_dict()
-        kept = {k: v for k, v in stored.items() if k not in _NOT_SETTINGS and not k.startswith("_")}
+        stored, known = live.config.to_diff_dict(), setting_names(type(live.config)())
+        # a checkpoint of an older transformers may bring settings that are gone: hf_model would refuse them
+        kept = {k: v for k, v in stored.items() if k in known and k not in _NOT_SETTINGS}
         arguments |= {"pretrained": None, "architecture": live.config.model_type, "config": _plain(kept)}
     return {"class_path": path, "init_args": {k: portable(v, getattr(live, k, None)) for k, v in arguments.items()}}
 

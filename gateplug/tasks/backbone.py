@@ -139,12 +139,17 @@ def _load(auto: Any, pretrained: str, settings: Any, num_labels: int | None) -> 
     return loaded
 
 
-def _check_names(settings: Any, given: dict[str, Any], prefix: str = "") -> None:
-    """Refuse names that the config does not have: transformers takes any name without a word."""
+def setting_names(settings: Any) -> list[str]:
+    """Names of the values that a config has."""
     kind = type(settings)  # its properties are looked at in the class: reading deprecated ones of `settings` warns
     names = [name for name in vars(settings) if not name.startswith("_")]
     names += [name for name in dir(kind) if isinstance(getattr(kind, name, None), property)]
-    names += [*settings.attribute_map, *MORE_NAMES]
+    return [*names, *settings.attribute_map, *MORE_NAMES]
+
+
+def _check_names(settings: Any, given: dict[str, Any], prefix: str = "") -> None:
+    """Refuse names that the config does not have: transformers takes any name without a word."""
+    names = setting_names(settings)
     for name, value in given.items():
         if name not in names:
             raise ValueError(f"config has {prefix + name!r}, which {type(settings).__name__} does not know.{_near(name, names)}")
