@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,18 @@ def export_stages(runner: ExitRunner, folder: Path, args: tuple[Any, ...], kwarg
         raise ValueError(f"form={form!r} must be one of {', '.join(FORMATS)}")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} holds something already: give a new folder, or an empty one")
-    runner = runner.alone()
+    with tempfile.TemporaryDirectory(dir=_existing(folder)) as beside:  # all of it, or nothing
+        _export(runner.alone(), Path(beside), args, kwargs, form)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in Path(beside).iterdir():
+            path.rename(folder / path.name)
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.is_dir() else _existing(folder.absolute().parent)
+
+
+def _export(runner: ExitRunner, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any], form: str) -> None:
     names, tensors = inputs_of(args, kwargs)
     stages = runner.stages
     flow = stages.begin(args, kwargs)
@@ -55,7 +67,6 @@ def export_stages(runner: ExitRunner, folder: Path, args: tuple[Any, ...], kwarg
     hidden, fixed, eager = flow.hidden, list(flow.beside), flow.follows
     flow.block(0)  # tells the form of what a block gives
     stages.place(None)
-    folder.mkdir(parents=True, exist_ok=True)
     free = torch.export.Dim("batch", min=1)
 
     def write(name: str, module: nn.Module, given: list[Tensor], rows: list[bool]) -> Callable[..., Any]:
@@ -118,7 +129,12 @@ def _needed(program: torch.export.ExportedProgram) -> nn.Module:
     """A program without what its result does not depend on: operations, and the weights that they alone use."""
     module = program.module()
     assert isinstance(module, torch.fx.GraphModule)
-    module.graph.eliminate_dead_code()
+    needed = {node for node in module.graph.nodes if node.op == "output"}
+    for node in reversed(module.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+        elif node.op != "placeholder":  # also what checks a value that nobody uses
+            module.graph.erase_node(node)
     used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in [n for n, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))]:
         if name not in used:

@@ -195,3 +195,91 @@ def test_what_cannot_be_run_is_refused() -> None:
     gp.EarlyExit().attach(net)
     with pytest.raises(gp.PlugError, match="not called with a hidden tensor first|does not run its blocks"):
         gp.ExitRunner(net)(torch.randn(2, 4))
+
+
+class Masked(nn.Module):
+    """Blocks that are called with what belongs to single samples, and with what belongs to all."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor, shared: Tensor, both: tuple[Tensor, Tensor] | None = None) -> Tensor:
+            x = self.linear(x) * mask[..., None] + torch.einsum("bsd,st->btd", x, shared)
+            return x if both is None else x * both[0][:, None, None] + both[1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)  # registered before the blocks
+        self.blocks = nn.ModuleList([self.Block() for _ in range(3)])
+
+    def forward(self, x: Tensor, mask: Tensor, shared: Tensor | None = None) -> Tensor:
+        both = (x.mean((1, 2)), x.new_ones(1))
+        mixing = torch.eye(x.shape[1]) + 0.1 * torch.arange(x.shape[1]) if shared is None else shared
+        for block in self.blocks:
+            x = block(x, mask, mixing, both=both)
+        return self.head(x.mean(1))
+
+
+def masked() -> nn.Module:
+    torch.manual_seed(0)
+    net = Masked()
+    gp.EarlyExit().attach(net)
+    for branch in branches(net):
+        assert branch.head.out_features == 3, "the head, not the last block"
+        nn.init.normal_(branch.gate.linear.weight, std=4.0)
+    return net.eval()
+
+
+def test_what_follows_the_rows_is_seen_also_where_samples_are_as_many_as_tokens() -> None:
+    net = masked()
+    x, mask = torch.randn(5, 5, 4), (torch.rand(5, 5) > 0.3).float()  # a mask (B, S), and mixing (S, S) of all, with B = S
+    runner = gp.ExitRunner(net, threshold=0.5)
+    logits, gates = runner.everything(x, mask)
+    scores = E.exit_scores(gates)
+    levels = scores.flatten().sort().values
+    for threshold in ((levels[1:] + levels[:-1]) / 2)[levels.diff() > 1e-4].tolist():
+        want = E.first_exit(scores, threshold)
+        out = gp.ExitRunner(net, threshold=threshold)(x, mask)
+        assert torch.equal(out.exit, want)
+        assert torch.allclose(out.logits, logits[torch.arange(5), want], atol=1e-5)
+    assert runner(x[:1], mask[:1]).logits.shape == (1, 3)
+
+
+def test_inputs_that_belong_to_all_samples_and_have_as_many_rows_are_refused_and_not_cut() -> None:
+    net = masked()
+    x, mask, shared = torch.randn(5, 5, 4), torch.ones(5, 5), torch.randn(5, 5)
+    with pytest.raises(gp.PlugError, match=r"was cut: argument 0, argument 1, argument 2\. Give what belongs to all samples"):
+        gp.ExitRunner(net)(x, mask, shared)
+    out = gp.ExitRunner(net, threshold=2.0)(x[:4], mask[:4], shared)
+    assert torch.allclose(out.logits, net(x[:4], mask[:4], shared), atol=1e-5), "where the numbers differ it is told apart"
+
+
+def test_a_network_that_looks_at_the_whole_batch_is_refused() -> None:
+    class Centred(Stacked):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            for block in self.blocks:
+                x = block(x)
+            return self.head((x - x.mean(0)).mean(1))
+
+    net = Centred()
+    gp.EarlyExit().attach(net)
+    with pytest.raises(gp.PlugError, match="answers otherwise for some of the rows"):
+        gp.ExitRunner(net)(torch.randn(4, 5, 6))
+
+
+def test_an_end_that_was_changed_is_run_as_it_is(recwarn: pytest.WarningsRecorder) -> None:
+    net, batch = with_exits("vit"), NETS["vit"][1](4)
+    calls: list[int] = []
+    net.vit.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    runner = gp.ExitRunner(net, threshold=2.0)
+    run(runner, batch)
+    calls.clear()
+    run(runner, batch)
+    assert len(calls) == 1, "what comes before the blocks is paid once"
+    net.register_forward_hook(lambda _, __, out: out.__class__(logits=out.logits * 2))
+    changed = gp.ExitRunner(net, threshold=2.0)
+    assert torch.allclose(run(changed, batch).logits, run(net, batch).logits, atol=1e-5)
+    assert any("does not end as others of its class" in str(w.message) for w in recwarn)
