@@ -115,7 +115,7 @@ CASES: dict[str, Case] = {
     ),
     "EarlyExit": Case(
         # both phases within the first batches; one head has no warm-up, which would keep the weights of a validation
-        lambda: [gp.EarlyExit(cost_weight=0.1, freeze_backbone=False, warmup_epochs=0, every=1)],
+        lambda: [gp.EarlyExit(cost_weight=0.1, freeze_backbone=False, warmup_epochs=0, every=1, latency=())],
         bad=[
             ({"cost_weight": -1.0}, ValueError, "≥ 0"),
             ({"cost_weight": "much"}, TypeError, "must be a number"),
@@ -132,6 +132,11 @@ CASES: dict[str, Case] = {
             ({"lr_scale": -1.0}, ValueError, "≥ 0"),
             ({"operating_point": {"macs": 0.5}}, ValueError, "'cost'"),
             ({"operating_point": {"cost": 1.5}}, ValueError, "[0, 1]"),
+            ({"operating_point": {"latency": -1}}, ValueError, "seconds of a batch"),
+            ({"latency": "1"}, TypeError, "list of batch sizes"),
+            ({"latency": [0]}, ValueError, "≥ 1"),
+            ({"latency": [1.5]}, TypeError, "whole number"),
+            ({"alpha": 0.0}, ValueError, "alpha"),
             ({"at": 0}, ValueError, "≥ 1"),
             ({"at": 5}, gp.PlugError, "there are 2 blocks"),
             ({"at": "decoder.*"}, gp.PlugError, "at='decoder.*' finds no layer"),

@@ -119,6 +119,16 @@ class ExitBranch(Gate):
             return joined
         return type(out)(joined, *out[1:]) if hasattr(out, "_fields") else type(out)((joined, *out[1:]))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExitBranch:
+        """As any module; cost and threshold stay in float32 where the model goes into half precision."""
+        exact = {"cost": self.cost, "threshold": self.threshold}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != value.dtype and not moved.is_meta:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
     @property
     def logits(self) -> Tensor | None:
         """What the head says of the output that was heard; None if nothing was."""

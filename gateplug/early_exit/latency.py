@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from gateplug.early_exit.runner import ExitRunner
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-_BUDGET, _LEAST, _MOST = 1.0, 5, 60
+_BUDGET, _LEAST, _MOST = 0.3, 5, 60
 """Seconds that the rounds of one measurement may take, and the fewest and most of them."""
+_CALLS = 32
+"""The most different batches that an operating point is run on."""
 
 
 class Times(NamedTuple):
@@ -74,14 +76,14 @@ def measured_points(runner: ExitRunner, targets: Sequence[Target], call: Call, s
         batch: size; rows are repeated as needed.
     """
     device = next(runner.net.parameters()).device
-    calls = [taken(call, samples, batch, start) for start in range(0, samples, batch)][: _MOST // 2]
+    calls = [taken(call, samples, batch, start) for start in range(0, samples, batch)][:_CALLS]
 
     def work(threshold: float, at: Call) -> Callable[[], object]:
         return lambda: runner.run(Decision(runner.gate, runner.mode, threshold), *at)
 
     found = []
     for _, threshold, *_ in targets:
-        seconds = in_turns([work(threshold, at) for at in calls], device, least=2).flatten()
+        seconds = in_turns([work(threshold, at) for at in calls], device, least=1).flatten()
         found.append((float(seconds.quantile(0.5)), float(seconds.quantile(0.95))))
     return found
 

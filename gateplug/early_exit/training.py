@@ -88,8 +88,10 @@ class TrainedExits(LeavingExits):
         """The loss of the phase, on the batch that has just run."""
         if self._phase is None or self._labels is None or self._logits is None or not self._branches:
             return {}
-        logits = [branch.logits for branch in self._branches]
         assert self._schedule is not None
+        kept = self._labels != -100  # no label
+        self._labels, self._logits = self._labels[kept], self._logits[kept]
+        logits = [None if z is None else z[kept] for z in (branch.logits for branch in self._branches)]
         with torch.autocast(self._labels.device.type, enabled=False):
             if self._phase == "warmup":
                 heads = [z.detach() if r else z for z, r in zip(logits, self._schedule.resting, strict=True) if z is not None]

@@ -27,6 +27,11 @@ def exits(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, ExitBranch)]
 
 
+def early(**kwargs: Any) -> gp.EarlyExit:
+    """The plug; most tests have no use for what exits take on this machine."""
+    return gp.EarlyExit(**{"latency": (), **kwargs})
+
+
 def fit(plug: gp.EarlyExit, tmp: Path, module: UserModule | None = None, *more: Any, **kwargs: Any) -> UserModule:
     module = UserModule(lr=0.05) if module is None else module
     settings = {"max_epochs": 2, **kwargs}
@@ -52,7 +57,7 @@ class Watch(L.Callback):
 
 def test_heads_and_gates_take_turns_and_who_rests_does_not_move(tmp_path: Path) -> None:
     watch = Watch()
-    fit(gp.EarlyExit(cost_weight=0.1, warmup_epochs=1, every=2), tmp_path, None, watch)
+    fit(early(cost_weight=0.1, warmup_epochs=1, every=2), tmp_path, None, watch)
     warmup, turns = watch.grads[:8], watch.grads[8:]
     assert warmup == [(True, False)] * 8
     assert turns == [(False, True)] * 2 + [(True, False)] * 2 + [(False, True)] * 2 + [(True, False)] * 2
@@ -67,7 +72,7 @@ def test_heads_and_gates_take_turns_and_who_rests_does_not_move(tmp_path: Path) 
 def test_the_term_of_each_phase_is_the_formula(phase: str, tmp_path: Path) -> None:
     """Written out in float64 from the logits of the exits."""
     module, found = UserModule(lr=0.0), {}
-    plug = gp.EarlyExit(cost_weight=0.4, warmup_epochs=1 if phase == "warmup" else 0, every=1)
+    plug = early(cost_weight=0.4, warmup_epochs=1 if phase == "warmup" else 0, every=1)
 
     class Look(L.Callback):
         def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
@@ -94,7 +99,7 @@ def test_the_term_of_each_phase_is_the_formula(phase: str, tmp_path: Path) -> No
 
 
 def test_costs_are_counted_from_what_is_run(tmp_path: Path) -> None:
-    plug = gp.EarlyExit(warmup_epochs=0)
+    plug = early(warmup_epochs=0)
     fit(plug, tmp_path, max_epochs=1)
     # 8 tokens: embedding 8·16, a block 2·16·32; the head on the mean 16·10, a gate 9·10 + 6; the network's head 16·10
     first = 8 * (8 * 16 + 2 * 16 * 32) + 16 * 10 + 96
@@ -111,7 +116,7 @@ def test_the_network_is_frozen_in_eval_mode_or_trained_and_given_back(freeze: bo
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             modes.append(pl_module.net.blocks[0].drop.training)
 
-    fit(gp.EarlyExit(freeze_backbone=freeze, warmup_epochs=0, every=1), tmp_path, module, Mode())
+    fit(early(freeze_backbone=freeze, warmup_epochs=0, every=1), tmp_path, module, Mode())
     assert set(modes) == {not freeze}
     assert all(p.requires_grad for p in module.parameters())
     assert module.net.blocks[0].drop.training
@@ -123,7 +128,7 @@ def test_an_exit_sends_its_gradient_into_a_network_that_is_not_frozen(tmp_path: 
     """Equal to adding the term to the loss by hand, with the exit written into the network."""
     torch.manual_seed(0)
     module = UserModule(lr=0.1)
-    plug = gp.EarlyExit(warmup_epochs=1, freeze_backbone=False)
+    plug = early(warmup_epochs=1, freeze_backbone=False)
     plug.attach(module)
     (branch,) = exits(module)
     twin = UserModule(lr=0.1)
@@ -183,7 +188,7 @@ def test_one_window_an_epoch_alternates_by_epoch() -> None:
 
 def test_in_a_test_samples_leave_and_the_modules_own_metric_is_of_what_the_exits_answer(tmp_path: Path) -> None:
     module = UserModule(vit(), lr=0.05)
-    plug = gp.EarlyExit(gate="confidence", threshold=0.1, warmup_epochs=1)
+    plug = early(gate="confidence", threshold=0.1, warmup_epochs=1)
     t = trainer(tmp_path, callbacks=[plug], max_epochs=1)
     t.fit(module, loader(8, image=True), loader(8, shuffle=False, image=True))
     calls: list[int] = []
@@ -212,7 +217,7 @@ def test_each_family_is_trained_and_then_tested_by_its_exits(name: str, tmp_path
     rows = [{**{k: v[i] for k, v in parts.items()}, "labels": torch.tensor(i % 4)} for i in range(16)]
     module = gp.Classifier(net, num_classes=4, optimizer=lambda p: torch.optim.AdamW(p, 1e-2))
     data = torch.utils.data.DataLoader(rows, batch_size=4)
-    plug = gp.EarlyExit(warmup_epochs=1, every=1, freeze_backbone=False, gate="confidence", threshold=0.3)
+    plug = early(warmup_epochs=1, every=1, freeze_backbone=False, gate="confidence", threshold=0.3)
     t = trainer(tmp_path, callbacks=[plug], max_epochs=3)
     t.fit(module, data, data)
     assert plug.cost is not None
@@ -224,7 +229,7 @@ def test_each_family_is_trained_and_then_tested_by_its_exits(name: str, tmp_path
 
 
 def test_what_a_validation_says_is_of_all_its_samples(tmp_path: Path) -> None:
-    plug = gp.EarlyExit(cost_weight=0.2, warmup_epochs=0, every=1, threshold=0.6)
+    plug = early(cost_weight=0.2, warmup_epochs=0, every=1, threshold=0.6)
     module = fit(plug, tmp_path, max_epochs=1)
     (branch,) = exits(module)
     module.eval()
@@ -245,19 +250,19 @@ def test_what_a_validation_says_is_of_all_its_samples(tmp_path: Path) -> None:
 
 def test_what_would_not_be_as_meant_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="a phase takes 4 of them and not 200"):
-        fit(gp.EarlyExit(warmup_epochs=0), tmp_path)
+        fit(early(warmup_epochs=0), tmp_path)
     with pytest.warns(UserWarning, match="ended within the warm-up"):
-        fit(gp.EarlyExit(warmup_epochs=5), tmp_path)
+        fit(early(warmup_epochs=5), tmp_path)
     with pytest.warns(UserWarning, match="cost_weight=0: running on costs nothing"):
-        fit(gp.EarlyExit(cost_weight=0.0, warmup_epochs=0), tmp_path)
+        fit(early(cost_weight=0.0, warmup_epochs=0), tmp_path)
     with pytest.warns(UserWarning, match=r"cost_weight=2\.4 ≥ ln 10"):
-        fit(gp.EarlyExit(cost_weight=2.4, warmup_epochs=0), tmp_path)
+        fit(early(cost_weight=2.4, warmup_epochs=0), tmp_path)
     with pytest.warns(UserWarning, match="without validation data: heads are not kept"):
-        trainer(tmp_path, callbacks=[gp.EarlyExit(warmup_epochs=0)], max_epochs=1).fit(UserModule(), loader(8))
+        trainer(tmp_path, callbacks=[early(warmup_epochs=0)], max_epochs=1).fit(UserModule(), loader(8))
     with pytest.warns(UserWarning, match=r"100\.0% of the validation's samples leave at exit 0 of 1 .*threshold=0"):
-        fit(gp.EarlyExit(threshold=0.0, warmup_epochs=0), tmp_path)
+        fit(early(threshold=0.0, warmup_epochs=0), tmp_path)
     module = UserModule()
-    plug = gp.EarlyExit()
+    plug = early()
     plug.attach(module)
     with pytest.warns(UserWarning, match="the gates that decide who leaves are untrained"):
         trainer(tmp_path, callbacks=[plug]).test(module, loader(8, shuffle=False), verbose=False)
@@ -268,7 +273,7 @@ def test_the_threshold_is_fitted_to_an_operating_point_and_found_in_the_checkpoi
     point: dict[str, float], gate: str, tmp_path: Path
 ) -> None:
     L.seed_everything(1, verbose=False)
-    module, plug = UserModule(lr=0.1), gp.EarlyExit(gate=gate, warmup_epochs=1, every=1, operating_point=point)
+    module, plug = UserModule(lr=0.1), early(gate=gate, warmup_epochs=1, every=1, operating_point=point)
     t = trainer(tmp_path, callbacks=[plug], max_epochs=4)
     t.fit(module, loader(8), loader(8, shuffle=False))
     assert plug.seen is not None
@@ -291,8 +296,8 @@ def test_the_threshold_is_fitted_to_an_operating_point_and_found_in_the_checkpoi
 
 def test_an_operating_point_out_of_reach_says_what_can_be_reached(tmp_path: Path) -> None:
     with pytest.raises(gp.PlugError, match=r"cannot fit operating_point=\{'cost': 0\.01\}: .*0\."):
-        fit(gp.EarlyExit(warmup_epochs=0, operating_point={"cost": 0.01}), tmp_path)
-    plug = gp.EarlyExit(warmup_epochs=0)
+        fit(early(warmup_epochs=0, operating_point={"cost": 0.01}), tmp_path)
+    plug = early(warmup_epochs=0)
     with pytest.raises(gp.PlugError, match="has seen no validation"):
         plug.threshold_for(cost=0.5)
     fit(plug, tmp_path)
@@ -303,7 +308,7 @@ def test_an_operating_point_out_of_reach_says_what_can_be_reached(tmp_path: Path
 
 
 def test_operating_points_are_drawn_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plug = gp.EarlyExit(warmup_epochs=1, every=1)
+    plug = early(warmup_epochs=1, every=1)
     logger = TensorBoardLogger(tmp_path, name="run")
     fit(plug, tmp_path, UserModule(lr=0.1), max_epochs=3, logger=logger)
     said = capsys.readouterr().out
@@ -324,7 +329,7 @@ def test_operating_points_are_drawn_written_and_shown(tmp_path: Path, capsys: py
 
 def test_heads_and_network_of_different_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(8, 10\), and an exit \(8, 4\): give EarlyExit classes=10"):
-        fit(gp.EarlyExit(classes=4), tmp_path)
+        fit(early(classes=4), tmp_path)
 
 
 def test_batches_without_classes_are_refused(tmp_path: Path) -> None:
@@ -337,13 +342,13 @@ def test_batches_without_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"the class of each sample, and the batch's labels are of shape \(8,\) and torch.float32"
     ):
-        trainer(tmp_path, callbacks=[gp.EarlyExit()], max_epochs=1).fit(Numbers(), data)
+        trainer(tmp_path, callbacks=[early()], max_epochs=1).fit(Numbers(), data)
 
 
 def test_a_run_stopped_in_the_warm_up_goes_on_as_one_that_was_not(tmp_path: Path) -> None:
     def run(folder: str, epochs: int, ckpt: str | None = None) -> tuple[UserModule, gp.EarlyExit]:
         L.seed_everything(3, verbose=False)
-        module, plug = UserModule(lr=0.05), gp.EarlyExit(cost_weight=0.1, warmup_epochs=2, every=2)
+        module, plug = UserModule(lr=0.05), early(cost_weight=0.1, warmup_epochs=2, every=2)
         t = trainer(tmp_path / folder, callbacks=[plug, gp.ExactResume()], max_epochs=epochs)
         t.fit(module, loader(8), loader(8, shuffle=False), ckpt_path=ckpt)
         t.save_checkpoint(tmp_path / f"{folder}.ckpt")
@@ -355,3 +360,119 @@ def test_a_run_stopped_in_the_warm_up_goes_on_as_one_that_was_not(tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
     assert torch.equal(plug.cost, again.cost)
     assert torch.equal(plug._pos_weight, again._pos_weight)
+
+
+def test_exits_are_timed_drawn_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plug = early(warmup_epochs=1, every=1, latency=(1, 4))
+    logger, module = TensorBoardLogger(tmp_path, name="run"), UserModule(lr=0.1)
+    module.blocks_in_eval = module.net.blocks[0].eval()  # somebody's own choice
+    modes: list[list[bool]] = []
+
+    class Modes(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            modes.append([m.training for m in pl_module.modules()])
+
+    trainer(tmp_path, callbacks=[Modes(), plug, Modes()], max_epochs=3, logger=logger).fit(
+        module, loader(8), loader(8, shuffle=False)
+    )
+    said = capsys.readouterr().out
+    assert "Time of a batch that leaves at each exit" in said
+    assert "p95, batch 4 (ms)" in said
+    assert modes[0] == modes[1], "timing leaves every module in the mode in which it was"
+    folder = Path(logger.log_dir)
+    with (folder / "early_exit_latency.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["batch"] for row in rows} == {"1", "4"}
+    assert plug.seen is not None
+    for row in rows:
+        assert 0 < float(row["p50"]) <= float(row["p95"])
+        assert row["rule"] == "jei"
+    assert float(rows[0]["threshold"]) == pytest.approx(plug.seen.threshold)
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
+    names = ("latency", "reliability", "over_training", "operating_points")
+    assert {f"early_exit/{name}" for name in names} <= set(events.Tags()["images"])
+    assert all((folder / "figures" / f"early_exit_{name}.png").stat().st_size > 4000 for name in names)
+
+
+def test_calibration_and_conformal_sets_are_those_of_the_answers(tmp_path: Path) -> None:
+    L.seed_everything(1, verbose=False)
+    plug = early(warmup_epochs=1, every=1, freeze_backbone=False, alpha=0.2, threshold=0.55, latency=())
+    module = UserModule(lr=0.1)
+    t = trainer(tmp_path, callbacks=[plug], max_epochs=4)
+    t.fit(module, loader(8), loader(8, shuffle=False))
+    assert plug.seen is not None
+    x, y = digits()[:]
+    logits, _ = gp.ExitRunner(module).everything(x)
+    confidence, guess = logits.softmax(-1).max(-1)
+    for i in range(logits.shape[1]):
+        want = E.calibration_error(confidence[:, i], guess[:, i] == y)
+        assert float(plug.seen.calibration[i]) == pytest.approx(float(want), abs=1e-6)
+    out = gp.ExitRunner(module)(x)
+    p = out.logits.softmax(-1)
+    own = E.calibration_error(p.max(-1).values, p.argmax(-1) == y)
+    assert float(t.callback_metrics["early_exit/calibration_error"]) == pytest.approx(float(own), abs=1e-6)
+
+    t.save_checkpoint(tmp_path / "exits.ckpt")
+    again, fresh = early(**plug.arguments()), UserModule(lr=0.1)
+    for plugs, model, path in (([plug], module, None), ([again], fresh, tmp_path / "exits.ckpt")):
+        (result,) = trainer(tmp_path, callbacks=plugs).test(
+            model, loader(7, shuffle=False), verbose=False, ckpt_path=path, weights_only=True
+        )
+        assert result["early_exit/test/calibration_error"] == pytest.approx(float(own), abs=1e-6)
+        true = 1 - logits.softmax(-1).gather(2, y[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+        for variant in ("general", "all", "strict", "per_exit"):
+            q = E.conformal_thresholds(true, out.exit, 0.2, variant)
+            sets = E.conformal_sets(p, out.exit, q)
+            covered = sets.gather(1, y[:, None])[:, 0]
+            assert result[f"early_exit/test/conformal/{variant}/coverage"] == pytest.approx(float(covered.double().mean()))
+            assert result[f"early_exit/test/conformal/{variant}/size"] == pytest.approx(float(sets.sum(1).double().mean()))
+        for i in out.exit.unique().tolist():
+            here = out.exit == i
+            q = E.conformal_thresholds(true, out.exit, 0.2, "per_exit")
+            covered = E.conformal_sets(p, out.exit, q).gather(1, y[:, None])[:, 0][here]
+            assert result[f"early_exit/test/conformal/per_exit/exit{i}/coverage"] == pytest.approx(float(covered.double().mean()))
+
+
+def test_a_threshold_is_fitted_to_a_measured_time(tmp_path: Path) -> None:
+    plug = early(gate="confidence", warmup_epochs=1, operating_point={"latency": 10.0, "batch": 2}, latency=())
+    fit(plug, tmp_path, max_epochs=3)
+    assert plug.seen is not None
+    assert plug.seen.threshold == float("inf"), "ten seconds are enough for everything"
+    assert list(plug._times) == [2]
+    with pytest.raises(gp.PlugError, match=r"cannot fit operating_point=\{'latency': 1e-09\}: .*smallest mean cost"):
+        fit(early(gate="confidence", warmup_epochs=1, operating_point={"latency": 1e-9}), tmp_path, max_epochs=3)
+
+
+def test_samples_without_a_label_take_no_part(tmp_path: Path) -> None:
+    x, y = digits()[:]
+    hidden = torch.where(torch.arange(64) % 3 == 0, torch.full_like(y, -100), y)
+    found = []
+    for labels, rows in ((hidden, slice(None)), (y, hidden != -100)):
+        torch.manual_seed(0)
+        module = UserModule(lr=0.1)
+        plug = early(warmup_epochs=0, every=1, latency=())
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[rows], labels[rows]), batch_size=64)
+        trainer(tmp_path, callbacks=[plug], max_epochs=2).fit(module, data, data)
+        assert plug.seen is not None
+        found.append((plug.seen, exits(module)))
+    (a, mine), (b, want) = found
+    assert len(a.exit) == len(b.exit)
+    assert torch.equal(a.accuracy, b.accuracy)
+    for one, other in zip(mine, want, strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_half_precision_rounds_neither_threshold_nor_cost() -> None:
+    module = UserModule()
+    early(threshold=0.123456).attach(module)
+    (branch,) = exits(module)
+    branch.cost.fill_(0.3333333)
+    module.bfloat16()
+    assert branch.head.weight.dtype == torch.bfloat16
+    assert float(branch.threshold) == pytest.approx(0.123456, abs=1e-7)
+    assert float(branch.cost) == pytest.approx(0.3333333, abs=1e-7)
+    assert gp.ExitRunner(module).threshold == pytest.approx(0.123456, abs=1e-7)
