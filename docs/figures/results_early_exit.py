@@ -47,7 +47,7 @@ CDF = "cdf"
 """The first arm's network with its gates read otherwise: both modes have one P, and so one training."""
 PLAIN = "plain"
 """The network without exits."""
-ARMS = {"digits": (*SETTINGS, PLAIN), "text": ("jei", "heads"), "cifar10": ("jei",)}
+ARMS = {"digits": (*SETTINGS, PLAIN), "text": ("jei", "heads"), "cifar10": ("jei", "heads")}
 RULES = ("jei", "confidence", "entropy", "patience")
 TARGETS = ("own", 0.3, 0.5, 0.7)
 """Shares of the network's multiply-adds; own: what the trained gates spend on the validation set at their threshold of .5."""
