@@ -47,7 +47,7 @@ CDF = "cdf"
 """The first arm's network with its gates read otherwise: both modes have one P, and so one training."""
 PLAIN = "plain"
 """The network without exits."""
-ARMS = {"digits": (*SETTINGS, PLAIN), "text": ("jei", "heads"), "cifar10": ("jei",)}
+ARMS = {"digits": (*SETTINGS, PLAIN), "text": ("jei", "heads"), "cifar10": ("jei", "heads")}
 RULES = ("jei", "confidence", "entropy", "patience")
 TARGETS = ("own", 0.3, 0.5, 0.7)
 """Shares of the network's multiply-adds; own: what the trained gates spend on the validation set at their threshold of .5."""
@@ -55,7 +55,7 @@ GRID = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Targets of the picture."""
 NAMES = {
     "jei": "official, exit_prob, four features",
-    "heads": "heads alone",
+    "heads": "heads trained alone",
     "cdf": "mode cdf",
     "hazard": "mode hazard",
     "uniform": "weighting uniform",
@@ -210,15 +210,15 @@ def mean(runs: Sequence[Run], arm: str, quantity: str, digits: int = 4) -> str:
 
 
 def rules(runs: Sequence[Run]) -> str:
-    """All rules on the same exits at equal cost, and the thresholds on exits of their own."""
+    """All rules on the same exits at equal cost, and a threshold on the confidence of heads that were trained without gates."""
     rows = [["target", "rule", "test accuracy", "minus confidence's", "cost in the test", "ECE", "set size", "coverage"]]
     for target in TARGETS:
-        for arm, rule in [("jei", rule) for rule in RULES] + [("heads", rule) for rule in RULES[1:]]:
+        for arm, rule in [*(("jei", rule) for rule in RULES), ("heads", "confidence")]:
             key = f"{rule}/{target}"
             if not any(f"{key}/accuracy" in r for r in runs if r["arm"] == arm):
                 continue
-            name = rule if arm == "jei" else f"{rule}, heads alone"
-            row = [str(target), name, *(mean(runs, arm, f"{key}/{q}") for q in ("accuracy",))]
+            name = rule if arm == "jei" else f"{rule}, heads trained alone"
+            row = [str(target), name, mean(runs, arm, f"{key}/accuracy")]
             row.append("" if (arm, rule) == ("jei", "confidence") else minus(runs, (arm, key), ("jei", f"confidence/{target}")))
             row += [mean(runs, arm, f"{key}/{q}", 3) for q in ("cost", "ece", "size", "coverage")]
             rows.append(row)
@@ -255,7 +255,8 @@ def exits(runs: Sequence[Run]) -> str:
     rows.append(["cost", *(f"{c:.3f}" for c in costs)])
     for arm in arms:
         each = [r["exits"] for r in runs if r["arm"] == arm]
-        rows.append([f"accuracy, {NAMES[arm]}", *(cell([run[i] for run in each], 4) for i in range(len(costs)))])
+        name = "heads trained with gates" if arm == "jei" else NAMES[arm]
+        rows.append([f"accuracy, {name}", *(cell([run[i] for run in each], 4) for i in range(len(costs)))])
     if plain := [r["exits"][-1] for r in runs if r["arm"] == PLAIN]:
         rows.append(["accuracy, trained without exits", *([""] * (len(costs) - 1)), cell(plain, 4)])
     return listed(rows)
