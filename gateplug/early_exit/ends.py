@@ -33,6 +33,12 @@ def deit(model: Any, hidden: Tensor, places: Tensor | None) -> Tensor:
     return model.classifier(first_token(model.deit.layernorm, hidden))  # type: ignore[no-any-return]
 
 
+def deit_with_teacher(model: Any, hidden: Tensor, places: Tensor | None) -> Tensor:
+    """DeiT with a distillation token: the mean of two classifiers."""
+    tokens = model.deit.layernorm(hidden[:, :2])
+    return (model.cls_classifier(tokens[:, 0]) + model.distillation_classifier(tokens[:, 1])) / 2  # type: ignore[no-any-return]
+
+
 def bert(model: Any, hidden: Tensor, places: Tensor | None) -> Tensor:
     """BERT: its pooler takes token 0."""
     return model.classifier(model.dropout(model.bert.pooler(hidden)))  # type: ignore[no-any-return]

@@ -75,11 +75,13 @@ def uncertainty_features(logits: Tensor) -> Tensor:
     Raises:
         ValueError: C < 2.
     """
-    log_p = _log_probabilities(logits)
-    top = log_p.exp().topk(2, -1).values
-    # q = softmax(2 z): its logarithm comes from that of p without a division, and stays finite where p underflows
-    sharp = (2 * log_p).log_softmax(-1)
-    return torch.stack([top[..., 0], _entropy(log_p), top[..., 0] - top[..., 1], _entropy(sharp)], -1)
+    _check_classes(logits)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # few operations, for p and q = softmax(2 z) at once: in a runner each costs more than its arithmetic
+    both = torch.stack([z, 2 * z]).softmax(-1)
+    first, second = both[0].topk(2, -1).values.unbind(-1)
+    entropy, sharp = torch.special.entr(both).sum(-1)
+    return torch.stack([first, entropy, first - second, sharp], -1)
 
 
 def exit_probabilities(gates: Tensor, mode: str = "official") -> Tensor:
@@ -152,7 +154,7 @@ def score_at(gate: Tensor, taken: Tensor, mode: str = "official") -> Tensor:
         return (taken + gate).clamp_max(1)
     left = (1 - taken).clamp_min(0)
     # after a sure exit nothing is left to divide by: leave, there as well
-    return torch.where(left > 0, torch.minimum(gate, left) / left.masked_fill(left == 0, 1), torch.ones_like(left))
+    return torch.where(gate >= left, 1.0, gate / left.clamp_min(1e-18))
 
 
 def confidence_scores(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from gateplug.core.errors import nearest
 from gateplug.core.gate import Gate
 from gateplug.early_exit.functional import FEATURES, uncertainty_features
+
+_ALL = list(range(len(FEATURES)))
 
 
 class ExitGate(Gate):
@@ -48,11 +51,12 @@ class ExitGate(Gate):
         Raises:
             ValueError: C < 2.
         """
-        with torch.autocast(logits.device.type, enabled=False):
+        kind = logits.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             weight, bias = self.linear.weight, self.linear.bias
             u = uncertainty_features(logits)
             u = u.to(torch.promote_types(u.dtype, weight.dtype))
-            if self._columns != list(range(len(FEATURES))):
+            if self._columns != _ALL:
                 u = torch.stack([u[..., column] for column in self._columns], -1)
             a = nn.functional.linear(u, weight.to(u), bias.to(u)).squeeze(-1)
         if self.recording:

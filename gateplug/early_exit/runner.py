@@ -157,10 +157,10 @@ class ExitRunner(nn.Module):
                 continue
             z = branch.answer(flow.hidden)
             leave = decide(z, branch.gate)
-            if logits is None:
-                logits = z.new_empty(size, z.shape[-1])
             count = int(leave.sum())  # the one value that is read, at each exit
             if count:
+                if logits is None:
+                    logits = z.new_empty(size, z.shape[-1])
                 gone = rows if count == len(rows) else rows[leave]
                 logits[gone] = z if count == len(rows) else z[leave]
                 exits[gone] = number
@@ -172,7 +172,8 @@ class ExitRunner(nn.Module):
                 decide.keep(stay)
             number += 1
         last = logits_of(flow.end())
-        logits = last if logits is None else logits
+        if len(rows) == size or logits is None:  # nobody has left
+            return self._output(last, exits.fill_(number))
         logits[rows] = last.to(logits.dtype)
         exits[rows] = number
         return self._output(logits, exits)

@@ -34,6 +34,9 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "ViTForImageClassification": Family(("vit.layers", "vit.encoder.layer"), "token", "vit.layernorm", ends.vit),
     "DeiTForImageClassification": Family(("deit.layers", "deit.encoder.layer"), "token", "deit.layernorm", ends.deit),
+    "DeiTForImageClassificationWithTeacher": Family(
+        ("deit.layers", "deit.encoder.layer"), "token", "deit.layernorm", ends.deit_with_teacher
+    ),
     "BertForSequenceClassification": Family(("bert.encoder.layer",), "token", end=ends.bert),
     "RobertaForSequenceClassification": Family(("roberta.encoder.layer",), "token", end=ends.roberta),
     "DistilBertForSequenceClassification": Family(

@@ -103,3 +103,34 @@ def test_an_example_is_described_without_its_data_and_built_again():
 def test_inputs_of_different_lengths_keep_their_recorded_size():
     form = {"args": [describe(torch.rand(4, 2)), describe(torch.rand(7, 2))], "kwargs": {}}
     assert [a.shape[0] for a in build_example(form, batch=1)[0]] == [4, 7]
+
+
+def test_a_network_with_exits_folds_into_a_program_for_each_stage(here, capsys):
+    recipe = RECIPES / "early_exit_digits.yaml"
+    less = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    assert main(["fit", "-c", str(recipe), *less]) == 0
+    (checkpoint,) = map(str, Path("runs").rglob("last.ckpt"))
+    runner = gp.fold(gp.load(checkpoint))
+    x = torch.rand(5, 1, 8, 8)
+    for more, tolerance in (([], 1e-6), (["--form", "onnx"], 1e-4)):
+        folder = f"out/stages{len(more)}"
+        assert main(["fold", checkpoint, folder, *more]) == 0
+        programs = gp.ExitPrograms(folder)
+        assert programs.threshold == runner.threshold
+        got, want = programs(pixel_values=x), runner(pixel_values=x)
+        assert got.exit.tolist() == want.exit.tolist()
+        torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=tolerance)
+    assert main(["fold", checkpoint, "out/net.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["fold", checkpoint, "out/net.pt2"]) == 2
+    assert "a program for each stage. Name a folder, e.g. 'out/net'" in capsys.readouterr().err
+    assert main(["fold", checkpoint, "out/stages0"]) == 2
+    assert "holds something already" in capsys.readouterr().err
+
+
+def test_a_network_without_exits_is_no_folder(here, capsys):
+    assert fit() == 0
+    capsys.readouterr()
+    assert main(["fold", LAST, "out/stages"]) == 2
+    assert "has no exits: it is one program. Add .pt2" in capsys.readouterr().err
+    assert not Path("out/stages").exists()

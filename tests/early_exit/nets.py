@@ -105,6 +105,10 @@ def _convolutions() -> nn.Module:
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch], list[str], list[int | None]]] = {
     "vit": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**_VISION)), images, [f"vit.layers.{i}" for i in range(3)], [16] * 3),
     "deit": (lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**_VISION)), images, [f"deit.layers.{i}" for i in range(3)], [16] * 3),
+    "deit_with_teacher": (
+        lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**_VISION)),
+        images, [f"deit.layers.{i}" for i in range(3)], [16] * 3,
+    ),
     "bert": (
         lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT)),
         texts, [f"bert.encoder.layer.{i}" for i in range(3)], [16] * 3,
