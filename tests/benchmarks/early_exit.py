@@ -186,7 +186,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         side = Side(*(args.runs or trained(few, folder)))
-    lines = [speedup(side, rule, batch, 8 if few else 40) for rule in side.runners for batch in BATCHES]
+    rounds = {1: 40, 16: 30, 64: 20, 256: 8}
+    lines = [speedup(side, rule, batch, 8 if few else rounds[batch]) for rule in side.runners for batch in BATCHES]
     lines += [nobody(side, batch, 30 if few else 100) for batch in (64, 1)]
     lines.append(training_step(3, 2 if few else 20))
     sys.stdout = shown
