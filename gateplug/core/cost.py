@@ -96,7 +96,7 @@ def compare_latency(contenders: Mapping[str, tuple[nn.Module, Any]], runs: int =
     for turn in range(warm_up + runs):
         for name, (module, example) in contenders.items():
             with still(module):
-                seconds = _timed(lambda m=module, e=example: call(m, e))  # type: ignore[misc]
+                seconds = timed(lambda m=module, e=example: call(m, e))  # type: ignore[misc]
             if turn >= warm_up:
                 times[name].append(seconds)
     return {name: Latency(_quantile(t, 0.5), _quantile(t, 0.95), runs) for name, t in times.items()}
@@ -148,7 +148,8 @@ def _constant(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _timed(run: Callable[[], Any]) -> float:
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds that a call takes, until the GPU is done with it."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gateplug.core.cost import still
 from gateplug.core.errors import PlugError
 from gateplug.core.plug import Plug
 from gateplug.early_exit.batches import first_sample, labels_of, logits_of
@@ -99,15 +100,17 @@ class JudgedExits(Plug):
         records, self._records = self._records, None
         if records is None or self.cost is None or self._schedule is None:
             return
-        target = None if self._schedule.warm else self.operating_point
-        spent = self.cost
+        target, spent = self.operating_point, self.cost
         if target is not None and "latency" in target:
             spent = self._timed(trainer, pl_module, int(target.get("batch", 1)))
             target = {"cost": target["latency"]}
-        try:
-            seen = look(records, self.gate, self.threshold, target, self.cost, self.cost_weight, self.cumulative, spent)
-        except ValueError as error:
-            raise PlugError(f"EarlyExit cannot fit operating_point={self.operating_point}: {error}") from error
+        if target is not None and float(spent[0]) > target.get("cost", torch.inf):
+            raise PlugError(
+                f"EarlyExit cannot fit operating_point={self.operating_point}: to leave at the first exit takes "
+                f"{float(spent[0]):.4g} already. Allow more, or put an exit on an earlier block"
+            )
+        target = None if self._schedule.warm else target
+        seen = look(records, self.gate, self.threshold, target, self.cost, self.cost_weight, self.cumulative, spent)
         if seen is None:
             return
         for branch in self._branches:
@@ -133,10 +136,8 @@ class JudgedExits(Plug):
             assert self._example is not None
             seconds = None
             if trainer.is_global_zero:
-                training = {m: m.training for m in module.modules()}
-                seconds = exit_times(ExitRunner(module), *self._example, batch=batch).median.cummax(0).values
-                for m, was in training.items():
-                    m.training = was
+                with still(module):
+                    seconds = exit_times(ExitRunner(module), *self._example, batch=batch).median.cummax(0).values
             told: Any = trainer.strategy.broadcast(seconds)
             self._times[batch] = told
         return self._times[batch]

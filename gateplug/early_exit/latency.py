@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gateplug.core.cost import timed
 from gateplug.early_exit.batches import rows_of
 from gateplug.early_exit.decision import Decision, Leaving
 
@@ -46,13 +47,12 @@ def exit_times(runner: ExitRunner, call: Call, samples: int, batch: int) -> Time
     """
     args, kwargs = taken(call, samples, batch)
     exits = len(runner.branches) + 1
-    device = next(runner.net.parameters()).device
     works: list[Callable[[], object]] = [
         lambda at=at: runner.run(Leaving(runner.gate, runner.mode, at), args, kwargs)  # type: ignore[misc]
         for at in range(exits)
     ]
     works += [_head(runner, hidden, i) for i, hidden in enumerate(_hidden(runner, args, kwargs))]
-    seconds = in_turns(works, device)
+    seconds = in_turns(works)
     high = seconds[:, :exits].quantile(0.95, dim=0)
     middle = seconds.median(0).values
     return Times(batch, middle[:exits], high, middle[exits:])
@@ -75,7 +75,6 @@ def measured_points(runner: ExitRunner, targets: Sequence[Target], call: Call, s
         samples: rows of the call.
         batch: size; rows are repeated as needed.
     """
-    device = next(runner.net.parameters()).device
     calls = [taken(call, samples, batch, start) for start in range(0, samples, batch)][:_CALLS]
 
     def work(threshold: float, at: Call) -> Callable[[], object]:
@@ -83,7 +82,7 @@ def measured_points(runner: ExitRunner, targets: Sequence[Target], call: Call, s
 
     found = []
     for _, threshold, *_ in targets:
-        seconds = in_turns([work(threshold, at) for at in calls], device, least=1).flatten()
+        seconds = in_turns([work(threshold, at) for at in calls], least=1).flatten()
         found.append((float(seconds.quantile(0.5)), float(seconds.quantile(0.95))))
     return found
 
@@ -95,22 +94,14 @@ def taken(call: Call, samples: int, batch: int, start: int = 0) -> Call:
     return args, kwargs
 
 
-def in_turns(works: Sequence[Callable[[], object]], device: torch.device, least: int = _LEAST) -> Tensor:
+def in_turns(works: Sequence[Callable[[], object]], least: int = _LEAST) -> Tensor:
     """Seconds (rounds, works) float64 of each; once before that counts."""
     rounds: list[list[float]] = []
     begin = time.perf_counter()
     while len(rounds) <= least or (time.perf_counter() - begin < _BUDGET and len(rounds) <= _MOST):
-        rounds.append([_seconds(work, device) for work in works])
+        rounds.append([timed(work) for work in works])
         begin = begin if len(rounds) > 1 else time.perf_counter()
     return torch.tensor(rounds[1:], dtype=torch.float64)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _hidden(runner: ExitRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

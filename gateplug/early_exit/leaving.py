@@ -23,6 +23,8 @@ class LeavingExits(JudgedExits):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on samples leave."""
         self._run_early(pl_module)
+        self._tested = TestRecords(len(self._branches) + 1, self._conformal or self._restored.get("conformal", {}))
+        self._tested.to(pl_module.device)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The network as it was."""
@@ -41,7 +43,7 @@ class LeavingExits(JudgedExits):
         if tested is not None:
             cost = torch.tensor([*(float(branch.cost) for branch in self._branches), 1.0]).double()
             for name, value in tested.result(cost).items():
-                pl_module.log(f"early_exit/test/{name}", value, sync_dist=False, rank_zero_only=False)
+                pl_module.log(f"early_exit/test/{name}", value, sync_dist=True)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on samples leave."""
@@ -57,8 +59,6 @@ class LeavingExits(JudgedExits):
         if warm and self.gate == "jei":
             rank_zero_warn("EarlyExit: no phase of gates was run, so the gates that decide who leaves are untrained")
         runner = ExitRunner(module)
-        self._tested = TestRecords(len(self._branches) + 1, self._conformal or self._restored.get("conformal", {}))
-        self._tested.to(module.device)
         wrap(self._net, "forward", self, partial(self._early, runner))
 
     def _early(self, runner: ExitRunner, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

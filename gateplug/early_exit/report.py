@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from gateplug.core.cost import still
 from gateplug.core.errors import PlugError
 from gateplug.core.figure import heat_map, save
 from gateplug.core.table import print_table
@@ -57,18 +59,15 @@ def time_exits(
         example: a call of the network, and its samples.
         batches: sizes to measure at.
     """
-    training = {m: m.training for m in module.modules()}
     try:
-        runner = ExitRunner(module)
-        times = [exit_times(runner, *example, batch=batch) for batch in batches]
-        targets = _targets(seen, runner.gate)
-        points = [measured_points(runner, targets, *example, batch=batch) for batch in batches]
+        with still(module):
+            runner = ExitRunner(module)
+            times = [exit_times(runner, *example, batch=batch) for batch in batches]
+            targets = _targets(seen, runner.gate)
+            points = [measured_points(runner, targets, *example, batch=batch) for batch in batches]
     except PlugError as error:  # trains, and cannot be run by blocks
         rank_zero_warn(f"EarlyExit: exits are not timed: {error}")
         return []
-    finally:
-        for m, was in training.items():
-            m.training = was
     rows = []
     names = [*(str(i) for i in range(len(seen.left) - 1)), "network"]
     for i, name in enumerate(names):
@@ -133,6 +132,12 @@ def _targets(seen: Seen, rule: str) -> list[Target]:
             last = int(within[-1])
             found.append((f"{share:g}", float(one.threshold[last]), float(one.cost[last]), float(one.accuracy[last])))
     return found
+
+
+def can_time(trainer: Trainer) -> bool:
+    """Whether this process holds the whole network and may run it while others do not."""
+    whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    return whole and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
 
 def _written(trainer: Trainer) -> bool:

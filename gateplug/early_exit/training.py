@@ -19,7 +19,7 @@ from gateplug.early_exit.functional import best_exit, exit_probabilities
 from gateplug.early_exit.leaving import LeavingExits
 from gateplug.early_exit.losses import gate_loss, gate_targets, inference_loss, warmup_loss
 from gateplug.early_exit.operating import nearest_point
-from gateplug.early_exit.report import show, time_exits
+from gateplug.early_exit.report import can_time, show, time_exits
 from gateplug.early_exit.schedule import Schedule, rest
 
 
@@ -40,10 +40,13 @@ class TrainedExits(LeavingExits):
         if self.freeze_backbone:
             self._frozen.hold(self._net, self._branches)
         self._schedule = Schedule(len(self._branches), self.warmup_epochs, self.every)
+        self.cost, self.seen, self._pos_weight = None, None, None
+        self._conformal, self._history, self._times, self._example = {}, [], {}, None
         if self._restored:
             self._schedule.load_state_dict(self._restored["schedule"])
             self.cost, self._pos_weight = self._restored["cost"], self._restored["pos_weight"]
             self._conformal, self._history = self._restored["conformal"], list(self._restored["history"])
+            self._restored = {}
         elif self.cost_weight == 0 and self.gate == "jei":
             rank_zero_warn("EarlyExit with cost_weight=0: running on costs nothing, so that hardly a sample will leave early")
         if self.gate == "jei" and self.cost_weight >= math.log(self._classes):
@@ -169,9 +172,14 @@ class TrainedExits(LeavingExits):
                 f"cost_weight={self.cost_weight}): the gates tell no sample from another. Another cost_weight or threshold, a "
                 "larger lr_scale or a longer training may help"
             )
+        if self.seen is not None and self.seen.missed is not None:
+            rank_zero_warn(
+                f"EarlyExit: operating_point={self.operating_point} was not reached in the last validation. The threshold in use "
+                f"is the cheapest with the best accuracy there is, {self.seen.missed:.4f}"
+            )
         if self.seen is not None and self.cost is not None:
             show(trainer, self.seen, self.cost, self._history)
-            if self.latency and self._example is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if self.latency and self._example is not None and can_time(trainer):
                 time_exits(trainer, pl_module, self.seen, self._example, self.latency)
         self._example = None
 

@@ -46,6 +46,8 @@ class Seen(NamedTuple):
     """Rule -> what each of its thresholds comes to."""
     threshold: float
     """The one in use."""
+    missed: float | None
+    """The best accuracy, if it is below the one that was asked for."""
     calibration: Tensor
     """(L + 1,) pooled calibration error of each exit on all samples, and of the answers."""
     found: dict[str, Tensor]
@@ -113,7 +115,8 @@ def look(
         records: of a validation.
         rule: who decides.
         threshold: of the rule.
-        target: a cost or an accuracy that the threshold is fitted to instead; see :func:`functional.fit_threshold`.
+        target: a cost or an accuracy that the threshold is fitted to instead, see :func:`functional.fit_threshold`; the best
+            accuracy where that is out of reach, as it may be in the middle of a training.
         cost: (L,).
         cost_weight: λ.
         cumulative: of the gates' weights.
@@ -124,8 +127,11 @@ def look(
     if not len(ce):
         return None
     scores = found[rule]
+    missed = None
     if target is not None:
-        fitted = {f"target_{name}": value for name, value in target.items()}
+        top = float(operating_points({rule: scores}, cost, correct)[rule].accuracy.max())  # type: ignore[union-attr]
+        missed = top if top < target.get("accuracy", 0) - 1e-12 else None
+        fitted = {f"target_{name}": value if missed is None else missed for name, value in target.items()}
         threshold = fit_threshold(scores, cost if spent is None else spent, correct=correct, **fitted)
     exits = first_exit(scores, threshold)
     left = torch.bincount(exits, minlength=records.exits).double() / len(exits)
@@ -141,6 +147,7 @@ def look(
         gate_pos_weight(best, records.exits - 1, cumulative),
         operating_points({name: found[name] for name in RULES}, cost, correct),
         threshold,
+        missed,
         torch.stack([calibration_error(confidence, right) for confidence, right in parts]),
         found,
     )

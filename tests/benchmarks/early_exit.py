@@ -5,6 +5,7 @@ cheapest threshold that is at most half a point behind the whole network on vali
 exits left by a plain threshold on the confidence, fitted in the same way. Without `--runs` both networks are small vision
 transformers that are trained here on scikit-learn's digits. With it they are the folders of two runs of a recipe, e.g. of
 `early_exit_text.yaml`, with the plug and with `--trainer.callbacks=[]`: how long a batch takes is then that of MiniLM.
+`programs_b…_speedup`: the same network exported by stages, and its driver, against the whole network exported as one program.
 `nobody_exits`: a runner from which nobody leaves ÷ the network without exits. `training_step`: a step with exits on three of four
 blocks ÷ the same without the plug.
 """
@@ -123,6 +124,25 @@ def speedup(side: Side, rule: str, batch: int, rounds: int) -> Line:
     return line(f"{name}_b{batch}_speedup", f"batch {batch}: p50/p95 ms {p}", pairs, "≥ 2.0" if batch in (1, 64) else "")
 
 
+def programs(side: Side, batch: int, rounds: int) -> Line:
+    """Programs of stages and their driver against the whole network as one program, both exported."""
+    runner, calls = next(iter(side.runners.values())), side.calls(batch)
+    example = next(side.calls(4))
+    with tempfile.TemporaryDirectory() as folder:
+        runner.export(f"{folder}/stages", kwargs=example)
+        driver = gp.ExitPrograms(f"{folder}/stages")
+    free = {name: {0: torch.export.Dim("batch", min=1)} for name in example}
+    whole = torch.export.export(side.whole, (), example, dynamic_shapes=free).module()
+    pairs = []
+    for number in range(rounds + 2):
+        group = [next(calls) for _ in range(max(1, 32 // batch))]
+        group = [call for call in group if all(call[k].shape[1:] == example[k].shape[1:] for k in call)]  # a text may be shorter
+        times = [(seconds(driver, call), seconds(whole, call)) for call in group]
+        if number > 1 and times:
+            pairs.append((sum(a for a, _ in times), sum(b for _, b in times)))
+    return line(f"programs_b{batch}_speedup", f"batch {batch}: programs of stages vs the whole as a program", pairs, "")
+
+
 def nobody(side: Side, batch: int, rounds: int) -> Line:
     """A runner without a single exit taken."""
     runner, calls = gp.ExitRunner(side.runner, threshold=float("inf")), side.calls(batch)
@@ -188,6 +208,7 @@ def main() -> None:
         side = Side(*(args.runs or trained(few, folder)))
     rounds = {1: 40, 16: 30, 64: 20, 256: 8}
     lines = [speedup(side, rule, batch, 8 if few else rounds[batch]) for rule in side.runners for batch in BATCHES]
+    lines += [programs(side, batch, 8 if few else rounds[batch] // 2) for batch in (1, 64)]
     lines += [nobody(side, batch, 30 if few else 100) for batch in (64, 1)]
     lines.append(training_step(3, 2 if few else 20))
     sys.stdout = shown

@@ -307,6 +307,17 @@ def test_an_operating_point_out_of_reach_says_what_can_be_reached(tmp_path: Path
         plug.threshold_for()
 
 
+def test_an_accuracy_that_is_not_reached_ends_no_training(tmp_path: Path) -> None:
+    plug = early(warmup_epochs=1, every=1, operating_point={"accuracy": 1.0})
+    with pytest.warns(UserWarning, match=r"operating_point=\{'accuracy': 1\.0\} was not reached .* the best accuracy there is"):
+        fit(plug, tmp_path, max_epochs=2)
+    assert plug.seen is not None
+    one = plug.seen.points["jei"]
+    best = float(one.accuracy.max())
+    assert plug.seen.answered == pytest.approx(best)
+    assert plug.seen.cost == pytest.approx(float(one.cost[one.accuracy == best].min()))
+
+
 def test_operating_points_are_drawn_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plug = early(warmup_epochs=1, every=1)
     logger = TensorBoardLogger(tmp_path, name="run")
@@ -442,7 +453,7 @@ def test_a_threshold_is_fitted_to_a_measured_time(tmp_path: Path) -> None:
     assert plug.seen is not None
     assert plug.seen.threshold == float("inf"), "ten seconds are enough for everything"
     assert list(plug._times) == [2]
-    with pytest.raises(gp.PlugError, match=r"cannot fit operating_point=\{'latency': 1e-09\}: .*smallest mean cost"):
+    with pytest.raises(gp.PlugError, match=r"cannot fit operating_point=\{'latency': 1e-09\}: to leave at the first exit takes"):
         fit(early(gate="confidence", warmup_epochs=1, operating_point={"latency": 1e-9}), tmp_path, max_epochs=3)
 
 
