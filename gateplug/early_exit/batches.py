@@ -37,25 +37,13 @@ def first_sample(value: Any, size: int) -> Any:
 
 
 def rows_of(value: Any, rows: Tensor, samples: int) -> Any:
-    """These rows of a call's arguments: of tensors with as many rows as there are samples."""
+    """These rows (numbers, or a mask) of a call's arguments: of tensors with as many rows as there are samples."""
     if isinstance(value, Tensor):
         return value[rows.to(value.device)] if value.dim() and len(value) == samples else value
     if isinstance(value, Mapping):
         return {key: rows_of(item, rows, samples) for key, item in value.items()}
     if isinstance(value, tuple | list):
         parts = [rows_of(item, rows, samples) for item in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Arguments on another device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        parts = [moved(item, device) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 

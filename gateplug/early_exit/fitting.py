@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from gateplug.core.cost import counted_macs
-from gateplug.early_exit.batches import labels_of, moved, rows_of
+from gateplug.early_exit.batches import labels_of, rows_of
 from gateplug.early_exit.latency import Call, exit_times
 from gateplug.early_exit.operating import check_target
 from gateplug.early_exit.thresholds import fit_threshold
@@ -42,7 +43,7 @@ def fitted(runner: ExitRunner, target: Mapping[str, float], validation: Iterable
         labels = labels_of(batch)
         kept = labels != -100
         device = next(runner.net.parameters()).device
-        call = moved(call_of(runner, batch), device)
+        call = move_data_to_device(call_of(runner, batch), device)
         logits, gates = runner.everything(*call[0], **call[1])
         scores.append(scores_of(runner.gate, runner.mode, gates, logits[:, :-1])[kept].cpu())
         correct.append((logits.argmax(-1).cpu() == labels.cpu()[:, None])[kept])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
+from gateplug.early_exit.batches import rows_of
+
 if TYPE_CHECKING:
     from gateplug.early_exit.stages import Stages
 
@@ -82,7 +84,7 @@ class Flow:
         self.beside = [value[stay] if cut else value for value, cut in zip(self.beside, self.follows, strict=True)]
         self.hidden = self.hidden[stay]
         if self.stages.end is None and not self.stages.sequential:
-            self.args, self.kwargs = cut(self.args, stay), cut(self.kwargs, stay)
+            self.args, self.kwargs = rows_of((self.args, self.kwargs), stay, len(stay))
         if self.stages.places is not None:
             self.stages.place(self.stages.places[stay])
 
@@ -130,18 +132,6 @@ def standing_in(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., An
             del layer.__dict__["forward"]
             if before is not None:
                 layer.__dict__["forward"] = before
-
-
-def cut(value: Any, stay: Tensor) -> Any:
-    """Arguments of a network for some of the rows: of tensors with as many rows, also inside of mappings, lists and tuples."""
-    if isinstance(value, Tensor):
-        return value[stay] if value.dim() and len(value) == len(stay) else value
-    if isinstance(value, Mapping):
-        return {key: cut(item, stay) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        parts = [cut(item, stay) for item in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
 
 
 def _of_rows(value: Any, rows: int) -> bool:

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from gateplug.core.errors import PlugError
-from gateplug.early_exit.batches import logits_of
+from gateplug.early_exit.batches import logits_of, rows_of
 from gateplug.early_exit.branch import ExitBranch, Reading, last_places
-from gateplug.early_exit.flow import Flow, cut
+from gateplug.early_exit.flow import Flow
 from gateplug.early_exit.stacks import Stack, find_stack
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -131,7 +131,7 @@ class Stages:
             PlugError: the network cannot be run by blocks.
         """
         stay = torch.arange(flow.size, device=flow.device) < flow.size // 2
-        inputs = [cut(part, stay) for part in (flow.args, flow.kwargs)]
+        inputs = rows_of((flow.args, flow.kwargs), stay, flow.size)
         try:
             half = self._enter(*inputs)
             pairs = enumerate(zip(flow.beside, half.beside, strict=True))
