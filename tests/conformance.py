@@ -139,6 +139,7 @@ CASES: dict[str, Case] = {
             ({"alpha": 0.0}, ValueError, "alpha"),
             ({"at": 0}, ValueError, "≥ 1"),
             ({"at": 5}, gp.PlugError, "there are 2 blocks"),
+            ({"at": "5"}, gp.PlugError, "there are 2 blocks"),
             ({"at": "decoder.*"}, gp.PlugError, "at='decoder.*' finds no layer"),
             ({"at": ["net.blocks.1"]}, gp.PlugError, "the last block"),
             ({"at": 2.5}, TypeError, "way to name layers"),

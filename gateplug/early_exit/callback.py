@@ -15,6 +15,7 @@ from gateplug.core.select import Layers, select
 from gateplug.early_exit.branch import ExitBranch, Reading
 from gateplug.early_exit.conformal import check_alpha
 from gateplug.early_exit.functional import FEATURES, MODES
+from gateplug.early_exit.latency import check_sizes
 from gateplug.early_exit.layers import ExitGate
 from gateplug.early_exit.losses import WEIGHTINGS
 from gateplug.early_exit.operating import check_target
@@ -100,8 +101,11 @@ class EarlyExit(TrainedExits):
         )
         if not 0 <= cost_weight < float("inf"):
             raise ValueError(f"cost_weight={cost_weight!r} must be a finite number ≥ 0: nats that the whole network is worth")
-        if warmup_epochs < 0 or every < 1 or (width is not None and width < 1):
-            raise ValueError(f"warmup_epochs={warmup_epochs} must be ≥ 0, every={every} ≥ 1, and width={width} ≥ 1 or None")
+        for name, number, least in (("warmup_epochs", warmup_epochs, 0), ("every", every, 1), ("width", width, 1)):
+            if number is not None and number < least:
+                raise ValueError(f"{name}={number} must be ≥ {least}")
+        if isinstance(at, str) and at.isdigit():  # a number from the command line
+            at = int(at)
         if isinstance(at, bool) or (isinstance(at, int) and at < 1):
             raise ValueError(f"at={at!r} must be ≥ 1: an exit after each so many blocks")
         if head != "linear" and not callable(head):
@@ -115,11 +119,7 @@ class EarlyExit(TrainedExits):
         ExitGate(features)
         check_target(operating_point)
         check_alpha(alpha)
-        if isinstance(latency, str) or not isinstance(latency, Sequence):
-            raise TypeError(f"latency={latency!r} must be a list of batch sizes, or () for no measurement")
-        whole_numbers(**{f"latency[{i}]": batch for i, batch in enumerate(latency)})
-        if any(batch < 1 for batch in latency):
-            raise ValueError(f"latency={list(latency)} must be batch sizes ≥ 1")
+        check_sizes(latency)
         self.at, self.gate, self.cost_weight, self.mode, self.threshold = at, gate, cost_weight, mode, threshold
         self.weighting, self.head, self.pool, self.width, self.classes = weighting, head, pool, width, classes
         self.freeze_backbone = freeze_backbone

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gateplug.core.cost import timed
+from gateplug.core.errors import whole_numbers
 from gateplug.early_exit.batches import rows_of
 from gateplug.early_exit.decision import Decision, Leaving
 
@@ -21,6 +22,15 @@ _BUDGET, _LEAST, _MOST = 0.3, 5, 60
 """Seconds that the rounds of one measurement may take, and the fewest and most of them."""
 _CALLS = 32
 """The most different batches that an operating point is run on."""
+
+
+def check_sizes(latency: Sequence[int]) -> None:
+    """Raise TypeError or ValueError for anything but batch sizes."""
+    if isinstance(latency, str) or not isinstance(latency, Sequence):
+        raise TypeError(f"latency={latency!r} must be a list of batch sizes, or () for no measurement")
+    whole_numbers(**{f"latency[{i}]": batch for i, batch in enumerate(latency)})
+    if any(batch < 1 for batch in latency):
+        raise ValueError(f"latency={list(latency)} must be batch sizes ≥ 1")
 
 
 class Times(NamedTuple):

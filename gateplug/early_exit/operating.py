@@ -32,8 +32,8 @@ def check_target(target: Mapping[str, float] | None) -> None:
         good = good and number and low <= value <= high and (name != "batch" or value == int(value))
     if not good:
         raise ValueError(
-            f"operating_point={target!r} must be {{'cost': share of the network's multiply-adds}}, {{'accuracy': share of right "
-            "answers}}, a number in [0, 1], or {{'latency': seconds of a batch, 'batch': samples in it (1)}}"
+            f"operating_point={target!r} must be {{'cost': share of the network's multiply-adds}}, "
+            "{'accuracy': share of right answers}, a number in [0, 1], or {'latency': seconds of a batch, 'batch': samples in it}"
         )
 
 
