@@ -295,7 +295,7 @@ def draw(runs: dict[str, list[Run]]) -> None:
 
     colors = dict(zip(RULES, ("#2166ac", "#d6604d", "#4d9221", "#8c8c8c"), strict=True))
     tasks = [task for task in RECIPES if runs.get(task)]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.4 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         seeds = len({r["seed"] for r in runs[task]})
         for arm, style in (("jei", "-"), ("heads", "--")):
@@ -308,11 +308,11 @@ def draw(runs: dict[str, list[Run]]) -> None:
                 label = rule if arm == "jei" else f"{rule}, heads trained alone"
                 axis.plot(x, y, style, marker="o", markersize=3, color=colors[rule], label=label, linewidth=1.4)
         whole = statistics.mean(r["exits"][-1] for r in runs[task] if r["arm"] == "jei")
-        axis.axhline(whole, color="black", linewidth=0.8, linestyle=":", label="whole network")
+        axis.axhline(whole, color="black", linewidth=0.8, linestyle=":", label="jei's whole network")
         axis.set(xlabel="mean cost, share of the network's multiply-adds", ylabel="test accuracy")
-        axis.set_title(f"{task}, mean of {seeds} seeds", fontsize=10)
+        axis.set_title(f"{task}, " + (f"mean of {seeds} seeds" if seeds > 1 else "one seed"), fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7, loc="lower right")
     figure.savefig(HERE / "results_early_exit.png", dpi=110)
 
 
