@@ -161,6 +161,7 @@ def judge(module: Any, val: Heard, test: Heard, settings: dict[str, Any]) -> dic
     out: dict[str, Any] = {"costs": [round(c, 4) for c in cost.tolist()]}
     out["exits"] = [round(a, 5) for a in right.double().mean(0).tolist()]
     own = float(cost[first_exit(scores["jei"][0], 0.5)].mean())
+    answers: dict[tuple[str, Any], Tensor] = {}
     for rule in RULES:
         if rule == "jei" and settings.get("gate", "jei") != "jei":
             continue
@@ -174,12 +175,16 @@ def judge(module: Any, val: Heard, test: Heard, settings: dict[str, Any]) -> dic
                 threshold = fit_threshold(scores[rule][0], cost, target_cost=most)
             exits = [first_exit(s, threshold) for s in scores[rule]]
             out |= {f"{rule}/{target}/{name}": round(v, 5) for name, v in quality(val, test, exits, cost).items()}
+            answers[rule, target] = right.gather(1, exits[1][:, None])[:, 0].double()
         out[f"{rule}/curve"] = []
         for most in GRID:
             threshold = fit_threshold(scores[rule][0], cost, target_cost=max(most, float(cost[0])))
             at = first_exit(scores[rule][1], threshold)
             accuracy = float(right.gather(1, at[:, None]).double().mean())
             out[f"{rule}/curve"].append([round(float(cost[at].mean()), 4), round(accuracy, 5)])
+    for (rule, target), answer in answers.items():
+        other = answers["confidence", target]
+        out[f"{rule}/{target}/error"] = round(float((answer - other).std()) / len(other) ** 0.5, 5)
     return out
 
 
@@ -199,6 +204,13 @@ def quality(val: Heard, test: Heard, exits: Sequence[Tensor], cost: Tensor) -> d
     return mixed | {"size": float(found["size"]), "coverage": float(found["coverage"])}
 
 
+def shown(numbers: Sequence[float], digits: int, signed: bool = False) -> str:
+    """Mean ± standard deviation over the seeds; of one seed the number."""
+    if len(numbers) == 1:
+        return f"{numbers[0]:{'+' if signed else ''}.{digits}f}"
+    return cell(numbers, digits, signed)
+
+
 def listed(rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; the first row is its head."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
@@ -206,7 +218,7 @@ def listed(rows: Sequence[Sequence[str]]) -> str:
 
 def mean(runs: Sequence[Run], arm: str, quantity: str, digits: int = 4) -> str:
     """Mean ± standard deviation over the seeds."""
-    return cell(list(values(runs, arm, quantity).values()), digits)
+    return shown(list(values(runs, arm, quantity).values()), digits)
 
 
 def rules(runs: Sequence[Run]) -> str:
@@ -226,10 +238,13 @@ def rules(runs: Sequence[Run]) -> str:
 
 
 def minus(runs: Sequence[Run], one: tuple[str, str], other: tuple[str, str]) -> str:
-    """Paired difference in accuracy of two (arm, rule/target)."""
+    """Paired difference in accuracy of two (arm, rule/target); of one seed with its standard error over the test samples."""
     pair = [values(runs, arm, f"{key}/accuracy") for arm, key in (one, other)]
     both = sorted(set(pair[0]) & set(pair[1]))
-    return cell([pair[0][s] - pair[1][s] for s in both], 4, True) if both else ""
+    text = shown([pair[0][s] - pair[1][s] for s in both], 4, True) if both else ""
+    error = next((r.get(f"{one[1]}/error") for r in runs if r["arm"] == one[0]), None)
+    # one training says nothing of the spread between trainings, but the test samples have one
+    return f"{text} ± {error:.4f} (samples)" if len(both) == 1 and one[0] == other[0] and error is not None else text
 
 
 def trainings(runs: Sequence[Run]) -> str:
@@ -256,9 +271,9 @@ def exits(runs: Sequence[Run]) -> str:
     for arm in arms:
         each = [r["exits"] for r in runs if r["arm"] == arm]
         name = "heads trained with gates" if arm == "jei" else NAMES[arm]
-        rows.append([f"accuracy, {name}", *(cell([run[i] for run in each], 4) for i in range(len(costs)))])
+        rows.append([f"accuracy, {name}", *(shown([run[i] for run in each], 4) for i in range(len(costs)))])
     if plain := [r["exits"][-1] for r in runs if r["arm"] == PLAIN]:
-        rows.append(["accuracy, trained without exits", *([""] * (len(costs) - 1)), cell(plain, 4)])
+        rows.append(["accuracy, trained without exits", *([""] * (len(costs) - 1)), shown(plain, 4)])
     return listed(rows)
 
 
@@ -280,7 +295,7 @@ def draw(runs: dict[str, list[Run]]) -> None:
 
     colors = dict(zip(RULES, ("#2166ac", "#d6604d", "#4d9221", "#8c8c8c"), strict=True))
     tasks = [task for task in RECIPES if runs.get(task)]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.4 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         seeds = len({r["seed"] for r in runs[task]})
         for arm, style in (("jei", "-"), ("heads", "--")):
@@ -293,11 +308,11 @@ def draw(runs: dict[str, list[Run]]) -> None:
                 label = rule if arm == "jei" else f"{rule}, heads trained alone"
                 axis.plot(x, y, style, marker="o", markersize=3, color=colors[rule], label=label, linewidth=1.4)
         whole = statistics.mean(r["exits"][-1] for r in runs[task] if r["arm"] == "jei")
-        axis.axhline(whole, color="black", linewidth=0.8, linestyle=":", label="whole network")
+        axis.axhline(whole, color="black", linewidth=0.8, linestyle=":", label="jei's whole network")
         axis.set(xlabel="mean cost, share of the network's multiply-adds", ylabel="test accuracy")
-        axis.set_title(f"{task}, mean of {seeds} seeds", fontsize=10)
+        axis.set_title(f"{task}, " + (f"mean of {seeds} seeds" if seeds > 1 else "one seed"), fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7, loc="lower right")
     figure.savefig(HERE / "results_early_exit.png", dpi=110)
 
 
