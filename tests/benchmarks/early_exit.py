@@ -1,4 +1,4 @@
-"""Benchmarks of the early_exit room: `python tests/benchmarks/early_exit.py [--quick] [--runs EXITS WHOLE] [--figure PNG]`.
+"""Benchmarks of the early_exit room: `python tests/benchmarks/early_exit.py [--quick] [--only KEY …] [--runs EXITS WHOLE] [--figure PNG]`.
 
 `runner_b…_speedup`: a network that was trained without exits and runs whole ÷ `gp.ExitRunner` on the same test batches, at the
 cheapest threshold that is at most half a point behind the whole network on validation samples; `confidence_b…_speedup`: the same
@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,7 @@ def main() -> None:
         "--quick", action="store_true", help="a shorter training and fewer rounds: about a minute on two free cores"
     )
     parser.add_argument("--runs", nargs=2, type=Path, metavar=("EXITS", "WHOLE"), help="folders of two runs, see above")
+    parser.add_argument("--only", nargs="*", help="these keys alone")
     parser.add_argument("--figure", type=Path, help="draw a training step against the number of exits into this file instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -207,10 +209,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         side = Side(*(args.runs or trained(few, folder)))
     rounds = {1: 40, 16: 30, 64: 20, 256: 8}
-    lines = [speedup(side, rule, batch, 8 if few else rounds[batch]) for rule in side.runners for batch in BATCHES]
-    lines += [programs(side, batch, 8 if few else rounds[batch] // 2) for batch in (1, 64)]
-    lines += [nobody(side, batch, 30 if few else 100) for batch in (64, 1)]
-    lines.append(training_step(3, 2 if few else 20))
+    every: dict[str, Callable[[], Line]] = {}
+    for rule in side.runners:
+        name = "confidence" if rule == "confidence" else "runner"
+        for batch in BATCHES:
+            every[f"{name}_b{batch}_speedup"] = partial(speedup, side, rule, batch, 8 if few else rounds[batch])
+    for batch in (1, 64):
+        every[f"programs_b{batch}_speedup"] = partial(programs, side, batch, 8 if few else rounds[batch] // 2)
+    every["nobody_exits"] = partial(nobody, side, 64, 30 if few else 100)
+    every["nobody_exits_b1"] = partial(nobody, side, 1, 30 if few else 100)
+    every["training_step"] = partial(training_step, 3, 2 if few else 20)
+    lines = [measure() for key, measure in every.items() if not args.only or key in args.only]
     sys.stdout = shown
     tests = {"whole": side.accuracy(side.whole, side.test), **{r: side.accuracy(n, side.test) for r, n in side.runners.items()}}
     spent = {}
