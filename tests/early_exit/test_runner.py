@@ -283,3 +283,18 @@ def test_an_end_that_was_changed_is_run_as_it_is(recwarn: pytest.WarningsRecorde
     changed = gp.ExitRunner(net, threshold=2.0)
     assert torch.allclose(run(changed, batch).logits, run(net, batch).logits, atol=1e-5)
     assert any("does not end as others of its class" in str(w.message) for w in recwarn)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "resnet", "stacked"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_run_by_stages_as_well(name: str, autocast: bool, recwarn: pytest.WarningsRecorder) -> None:
+    net, batch = with_exits(name), NETS[name][1](6)
+    if not autocast:
+        net.bfloat16()
+        cast = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()} if isinstance(batch, dict) else None
+        batch = tuple(v.bfloat16() for v in batch) if cast is None else cast
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = run(gp.ExitRunner(net, threshold=2.0), batch)
+        want = logits_of(run(net, batch))
+    assert torch.allclose(out.logits, want, atol=0.05, rtol=0.05)
+    assert not [w for w in recwarn if "does not end as others" in str(w.message)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
@@ -487,3 +488,41 @@ def test_half_precision_rounds_neither_threshold_nor_cost() -> None:
     assert float(branch.threshold) == pytest.approx(0.123456, abs=1e-7)
     assert float(branch.cost) == pytest.approx(0.3333333, abs=1e-7)
     assert gp.ExitRunner(module).threshold == pytest.approx(0.123456, abs=1e-7)
+
+
+class SlowHead(nn.Linear):
+    """Dearer than what it saves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            time.sleep(0.01)
+        return super().forward(x)
+
+
+def test_an_exit_that_costs_more_than_it_saves_is_said(tmp_path: Path) -> None:
+    plug = gp.EarlyExit(gate="confidence", threshold=0.2, warmup_epochs=1, head=SlowHead, latency=(2,))
+    with pytest.warns(
+        UserWarning, match=r"exit 0 costs more than it saves on this machine, at batch 2: its head and gate take 1"
+    ):
+        trainer(tmp_path, callbacks=[plug], max_epochs=1, logger=TensorBoardLogger(tmp_path)).fit(
+            UserModule(), loader(8), loader(8, shuffle=False)
+        )
+
+
+def test_a_network_that_cannot_be_run_by_blocks_is_trained_and_not_timed(tmp_path: Path) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(x)
+
+    with pytest.warns(UserWarning, match="exits are not timed: Around does something between"):
+        trainer(tmp_path, callbacks=[gp.EarlyExit(warmup_epochs=1, latency=(1,))], max_epochs=2).fit(
+            UserModule(Around()), loader(8), loader(8, shuffle=False)
+        )
