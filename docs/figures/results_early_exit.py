@@ -250,13 +250,13 @@ def minus(runs: Sequence[Run], one: tuple[str, str], other: tuple[str, str]) -> 
 def trainings(runs: Sequence[Run]) -> str:
     """Gates of every arm: at the threshold of .5 and at equal cost."""
     heads = [f"accuracy at {t}" for t in TARGETS[1:]]
-    rows = [["gates", "accuracy at θ = .5", "cost at θ = .5", *heads, "at 0.5, minus the first row's", "whole network"]]
+    rows = [["gates", "accuracy at θ = .5", "cost at θ = .5", *heads, "at 0.3, minus the first row's", "whole network"]]
     for arm in ("jei", CDF, *list(SETTINGS)[2:]):
         if not any(r["arm"] == arm for r in runs):
             continue
         row = [NAMES[arm], mean(runs, arm, "jei/own/accuracy"), mean(runs, arm, "jei/own/cost", 3)]
         row += [mean(runs, arm, f"jei/{target}/accuracy") for target in TARGETS[1:]]
-        row.append("" if arm == "jei" else cell(differences(runs, arm, "jei", "jei/0.5/accuracy"), 4, True))
+        row.append("" if arm == "jei" else cell(differences(runs, arm, "jei", "jei/0.3/accuracy"), 4, True))
         row.append(cell([r["exits"][-1] for r in runs if r["arm"] == arm], 4))
         rows.append(row)
     return listed(rows)
