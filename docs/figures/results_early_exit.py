@@ -5,6 +5,7 @@
     python docs/figures/results_early_exit.py run cifar10 --seeds 0           # recipes/early_exit_cifar10.yaml
     python docs/figures/results_early_exit.py table                           # prints the tables in Markdown
     python docs/figures/results_early_exit.py draw                            # results_early_exit.png
+    python docs/figures/results_early_exit.py cost    # early_exit_training_step.png, by tests/benchmarks/early_exit.py
 
 Run from the root of the repository, with the data sets in the folder that GATEPLUG_DATA names; `--pretrained FOLDER` takes the
 checkpoint of the text from a folder, `--image-column NAME` is for a copy of CIFAR-10 whose column is not the hub's. `--arms`
@@ -19,6 +20,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -328,6 +331,7 @@ def main() -> None:
     run.add_argument("--image-column", help="of the copy of CIFAR-10, if it is not the hub's")
     commands.add_parser("table")
     commands.add_parser("draw")
+    commands.add_parser("cost")
     args = parser.parse_args()
     if args.command == "run":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -339,6 +343,9 @@ def main() -> None:
                         print(args.task, result, flush=True)
     elif args.command == "draw":
         draw(stored(store=STORE))
+    elif args.command == "cost":
+        figure = str(HERE / "early_exit_training_step.png")
+        subprocess.run([sys.executable, "tests/benchmarks/early_exit.py", "--figure", figure], check=True)
     else:
         for task, runs in stored(store=STORE).items():
             print(f"{table(task, runs)}\n")
