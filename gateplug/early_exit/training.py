@@ -177,6 +177,13 @@ class TrainedExits(LeavingExits):
                 f"EarlyExit: operating_point={self.operating_point} was not reached in the last validation. The threshold in use "
                 f"is the cheapest with the best accuracy there is, {self.seen.missed:.4f}"
             )
+        asked = (self.operating_point or {}).get("cost", 0.0)
+        if self.seen is not None and self.seen.cost < 0.9 * asked and not self._schedule.warm:
+            rank_zero_warn(
+                f"EarlyExit: operating_point={self.operating_point} is not used up: the dearest threshold within it comes to "
+                f"{self.seen.cost:.4f}, and the next lets nobody leave. Scores of modes 'official' and 'cdf' are 1 as soon as "
+                "the gates so far add up to 1; mode='hazard' reaches every cost"
+            )
         if self.seen is not None and self.cost is not None:
             show(trainer, self.seen, self.cost, self._history)
             if self.latency and self._example is not None and can_time(trainer):

@@ -319,6 +319,16 @@ def test_an_accuracy_that_is_not_reached_ends_no_training(tmp_path: Path) -> Non
     assert plug.seen.cost == pytest.approx(float(one.cost[one.accuracy == best].min()))
 
 
+def test_a_cost_that_no_threshold_uses_up_is_said(tmp_path: Path) -> None:
+    module = UserModule(lr=0.0)  # gates that stay open: all leave at the first exit, whatever the threshold up to 1
+    plug = early(warmup_epochs=0, every=1, operating_point={"cost": 0.99})
+    plug.attach(module)
+    (branch,) = exits(module)
+    nn.init.constant_(branch.gate.linear.bias, 50.0)
+    with pytest.warns(UserWarning, match="is not used up: .* mode='hazard' reaches every cost"):
+        fit(plug, tmp_path, module)
+
+
 def test_operating_points_are_drawn_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plug = early(warmup_epochs=1, every=1)
     logger = TensorBoardLogger(tmp_path, name="run")
