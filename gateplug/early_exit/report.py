@@ -83,6 +83,11 @@ def time_exits(
     publish(trainer, "latency", latency_figure(seen, runner.gate, times, points, targets))
     if _written(trainer):
         write_latency(runner.gate, targets, dict(zip(batches, points, strict=True)), _folder(trainer) / "early_exit_latency.csv")
+    return times
+
+
+def warn_dear(times: Sequence[Times], seen: Seen) -> None:
+    """Say which exits cost more than they save on this machine."""
     for t in times:
         for number, head, saved in dear_exits(t, seen.left):
             rank_zero_warn(
@@ -90,7 +95,6 @@ def time_exits(
                 f"{1e3 * head:.3g} ms, and the {float(seen.left[number]):.1%} of the samples that leave there save "
                 f"{1e3 * saved:.3g} ms. Leave it out with at=…"
             )
-    return times
 
 
 def latency_figure(

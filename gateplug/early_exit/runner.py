@@ -136,13 +136,16 @@ class ExitRunner(nn.Module):
 
     def run(self, decide: Decision, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExitOutput:
         """Run a batch with a rule of one's own."""
-        if self.training or self.net.training:
-            raise RuntimeError("ExitRunner is for inference: call eval() on it")
-        flow = self.stages.begin(args, kwargs)
+        flow = self._begun(args, kwargs)
         try:
             return self._run(flow, decide)
         finally:
             self.stages.place(None)
+
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
+        if self.training or self.net.training:
+            raise RuntimeError("ExitRunner is for inference: call eval() on it")
+        return self.stages.begin(args, kwargs)
 
     def _run(self, flow: Flow, decide: Decision) -> ExitOutput:
         size = flow.size
@@ -185,7 +188,7 @@ class ExitRunner(nn.Module):
     @torch.inference_mode()
     def everything(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Run all of it for all samples: logits of every exit (B, L, C), and gates (B, K) in (0, 1)."""
-        flow = self.stages.begin(args, kwargs)
+        flow = self._begun(args, kwargs)
         try:
             heads = []
             for i in range(self.stages.blocks):

@@ -19,7 +19,7 @@ from gateplug.early_exit.functional import best_exit, exit_probabilities
 from gateplug.early_exit.leaving import LeavingExits
 from gateplug.early_exit.losses import gate_loss, gate_targets, inference_loss, warmup_loss
 from gateplug.early_exit.operating import nearest_point
-from gateplug.early_exit.report import can_time, show, time_exits
+from gateplug.early_exit.report import can_time, show, time_exits, warn_dear
 from gateplug.early_exit.schedule import Schedule, rest
 
 
@@ -187,7 +187,9 @@ class TrainedExits(LeavingExits):
         if self.seen is not None and self.cost is not None:
             show(trainer, self.seen, self.cost, self._history)
             if self.latency and self._example is not None and can_time(trainer):
-                time_exits(trainer, pl_module, self.seen, self._example, self.latency)
+                times = time_exits(trainer, pl_module, self.seen, self._example, self.latency)
+                if not self._schedule.warm:
+                    warn_dear(times, self.seen)
         self._example = None
 
     def _release(self, module: nn.Module) -> None:
