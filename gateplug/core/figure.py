@@ -40,7 +40,7 @@ def heat_map(rows: Mapping[str, Tensor], title: str, across: str, down: str = "l
         image.numpy(), aspect="auto", vmin=vmin, vmax=max(vmax, vmin + 0.1), cmap="viridis", interpolation="nearest"
     )
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel(across)
     axes.set_ylabel(down)
     axes.set_title(title, fontsize=10)
