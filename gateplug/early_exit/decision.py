@@ -34,6 +34,8 @@ class Decision:
         if self.gate in rules:
             return rules[self.gate](logits[:, None])[:, 0]
         g = gate(logits).sigmoid()
+        if self.mode == "hazard":  # knows nothing of the gates before
+            return g
         taken = torch.zeros_like(g) if self.taken is None else self.taken
         self.taken = taken + g
         return score_at(g, taken, self.mode)

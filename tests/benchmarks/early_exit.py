@@ -2,8 +2,8 @@
 
 `runner_b…_speedup`: a network that was trained without exits and runs whole ÷ `gp.ExitRunner` on the same test batches, at the
 cheapest threshold that is at most half a point behind the whole network on validation samples; `confidence_b…_speedup`: the same
-exits left by a plain threshold on the confidence, fitted in the same way. Without `--runs` both networks are small vision
-transformers that are trained here on scikit-learn's digits. With it they are the folders of two runs of a recipe, e.g. of
+exits left by a plain threshold on the confidence, fitted in the same way. Without `--runs` both networks are vision transformers
+of eight blocks that are trained here on scikit-learn's digits. With it they are the folders of two runs of a recipe, e.g. of
 `early_exit_text.yaml`, with the plug and with `--trainer.callbacks=[]`: how long a batch takes is then that of MiniLM.
 `programs_b…_speedup`: the same network exported by stages, and its driver, against the whole network exported as one program.
 `nobody_exits`: a runner from which nobody leaves ÷ the network without exits. `training_step`: a step with exits on three of four
@@ -48,11 +48,16 @@ def fitted(recipe: str, folder: str, *options: str) -> Path:
 
 
 def trained(quick: bool, folder: str) -> tuple[Path, Path]:
-    """A small vision transformer on digits, with exits and without."""
-    epochs = f"--trainer.max_epochs={20 if quick else 60}"
-    warm = ["--trainer.callbacks.warmup_epochs=8"] if quick else []
-    exits = fitted("early_exit_digits.yaml", f"{folder}/exits", epochs, *warm, "--trainer.callbacks.latency=[]")
-    return exits, fitted("early_exit_digits.yaml", f"{folder}/whole", epochs, "--trainer.callbacks=[]")
+    """A vision transformer of eight blocks on digits, with exits after the second and the fourth, and without."""
+    config = {"num_hidden_layers": 8, "hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 384}
+    network = [f"--model.net.config.{name}={value}" for name, value in config.items()]
+    network.append(f"--trainer.max_epochs={16 if quick else 60}")
+    plug = ["at=[net.vit.layers.1, net.vit.layers.3]", "mode=hazard", f"warmup_epochs={8 if quick else 20}", "latency=[]"]
+    exits = [f"--trainer.callbacks.{option}" for option in plug]
+    return (
+        fitted("early_exit_digits.yaml", f"{folder}/exits", *network, *exits),
+        fitted("early_exit_digits.yaml", f"{folder}/whole", *network, "--trainer.callbacks=[]"),
+    )
 
 
 class Side:
