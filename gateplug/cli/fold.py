@@ -48,12 +48,14 @@ def fold_checkpoint(args: list[str]) -> None:
         hint = " On the command line: `--register PACKAGE.NAME`." if "register=" in str(error) else ""
         raise UserError(f"{given.checkpoint} cannot be folded: {error}.{hint}") from error
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(net, ExitRunner) != (not given.out.suffix) and given.out.suffix != ".safetensors":
+    if isinstance(net, ExitRunner) and given.out.suffix == ".pt2":
         raise UserError(
             f"OUT is {str(given.out)!r}, and the network has exits: it becomes a program for each stage. Name a folder, e.g. "
             f"{str(given.out.with_suffix(''))!r}, or NAME.safetensors."
-            if given.out.suffix
-            else f"OUT is {str(given.out)!r}, a folder, and the network has no exits: it is one program. Add .pt2 to the name."
+        )
+    if not isinstance(net, ExitRunner) and not given.out.suffix:
+        raise UserError(
+            f"OUT is {str(given.out)!r}, a folder, and the network has no exits: it is one program. Add .pt2 to the name."
         )
     if given.out.suffix == ".safetensors":
         _write_weights(net, checkpoint, *outputs)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a network, by place and by name."""
+
 
 def labels_of(batch: Any) -> Tensor:
     """Class numbers (B,) of a batch: under `labels` (or `label`) of a mapping, or the last part of (inputs, labels).
@@ -46,6 +49,15 @@ def rows_of(value: Any, rows: Tensor, samples: int) -> Any:
         parts = [rows_of(item, rows, samples) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
+
+
+def holds_rows(value: Any, rows: int) -> bool:
+    """Whether there is a tensor in it with so many rows."""
+    if isinstance(value, Mapping):
+        return any(holds_rows(item, rows) for item in value.values())
+    if isinstance(value, tuple | list):
+        return any(holds_rows(item, rows) for item in value)
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
 
 
 def logits_of(out: Any) -> Tensor:

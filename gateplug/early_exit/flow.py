@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +41,10 @@ class Flow:
         paths, self.form = tree_flatten_with_path((rest, named))
         self.beside = [value for _, value in paths]
         """What a block is called with beside the hidden tensor, part by part."""
+        self._call = (rest, named)
         self._names = ["".join(str(getattr(key, "key", "")) for key in path) for path, _ in paths]
         self.args, self.kwargs = args, kwargs
         self.size = len(hidden)
-        self.whole = ([_of_rows(value, self.size) for value in args], {k: _of_rows(v, self.size) for k, v in kwargs.items()})
-        """Which arguments of the network have as many rows as there are samples."""
         self.next = 0
         self.gave: list[int | None] = []
         """What each block that was run gives beside the hidden tensor: how many values, None where it gives the tensor alone."""
@@ -73,7 +72,7 @@ class Flow:
 
     def block(self, i: int) -> None:
         """Run block i."""
-        rest, named = tree_unflatten(self.beside, self.form)
+        rest, named = self._call
         out = self.stages.layers[i](self.hidden, *rest, **named)
         self.gave.append(None if isinstance(out, Tensor) else len(out) - 1)
         self.hidden = out if isinstance(out, Tensor) else out[0]
@@ -82,6 +81,7 @@ class Flow:
     def keep(self, stay: Tensor) -> None:
         """Go on with some of the rows."""
         self.beside = [value[stay] if cut else value for value, cut in zip(self.beside, self.follows, strict=True)]
+        self._call = tree_unflatten(self.beside, self.form)
         self.hidden = self.hidden[stay]
         if self.stages.end is None and not self.stages.sequential:
             self.args, self.kwargs = rows_of((self.args, self.kwargs), stay, len(stay))
@@ -132,11 +132,3 @@ def standing_in(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., An
             del layer.__dict__["forward"]
             if before is not None:
                 layer.__dict__["forward"] = before
-
-
-def _of_rows(value: Any, rows: int) -> bool:
-    if isinstance(value, Mapping):
-        return any(_of_rows(item, rows) for item in value.values())
-    if isinstance(value, tuple | list):
-        return any(_of_rows(item, rows) for item in value)
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows

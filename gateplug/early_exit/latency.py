@@ -11,13 +11,12 @@ from torch import Tensor
 
 from gateplug.core.cost import timed
 from gateplug.core.errors import whole_numbers
-from gateplug.early_exit.batches import rows_of
+from gateplug.early_exit.batches import Call, rows_of
 from gateplug.early_exit.decision import Decision, Leaving
 
 if TYPE_CHECKING:
     from gateplug.early_exit.runner import ExitRunner
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 _BUDGET, _LEAST, _MOST = 0.3, 5, 60
 """Seconds that the rounds of one measurement may take, and the fewest and most of them."""
 _CALLS = 32

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("cost", "accuracy", "latency")
 """What a threshold can be fitted to."""
-_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 COLORS = {"jei": "#2166ac", "confidence": "#d6604d", "entropy": "#4d9221", "patience": "#8c8c8c"}
 
 
@@ -48,6 +48,12 @@ def operating_points(scores: Mapping[str, Tensor], cost: Tensor, correct: Tensor
     return {rule: sweep(values, cost, correct) for rule, values in scores.items()}
 
 
+def dearest(one: Sweep, cost: float) -> int | None:
+    """Place of the dearest point of a sweep that costs no more; None if there is none."""
+    within = (one.cost <= cost + 1e-9).nonzero().flatten()
+    return int(within[-1]) if len(within) else None
+
+
 def nearest_point(one: Sweep, cost: float | None, accuracy: float | None) -> float:
     """The threshold of a sweep that meets a target, by the rules of :func:`functional.fit_threshold`.
 
@@ -58,10 +64,10 @@ def nearest_point(one: Sweep, cost: float | None, accuracy: float | None) -> flo
         raise ValueError(f"give one target: cost={cost!r} or accuracy={accuracy!r}")
     assert one.accuracy is not None
     if cost is not None:
-        within = (one.cost <= cost + 1e-9).nonzero().flatten()
-        if not len(within):
+        place = dearest(one, cost)
+        if place is None:
             raise ValueError(f"no threshold costs at most {cost:g}: the least is {float(one.cost.min()):.4g}")
-        return float(one.threshold[within[-1]])
+        return float(one.threshold[place])
     assert accuracy is not None
     reached = (one.accuracy >= accuracy - 1e-12).nonzero().flatten()
     if not len(reached):
@@ -72,12 +78,12 @@ def nearest_point(one: Sweep, cost: float | None, accuracy: float | None) -> flo
 def at_equal_cost(points: Mapping[str, Sweep]) -> list[tuple[str, ...]]:
     """Rows of a table: the most that may be spent, and each rule's accuracy at its dearest point within it."""
     rows = []
-    for share in _SHARES:
+    for share in SHARES:
         found = []
         for one in points.values():
             assert one.accuracy is not None
-            within = (one.cost <= share + 1e-9).nonzero().flatten()
-            found.append(f"{float(one.accuracy[within[-1]]):.4f}" if len(within) else "")
+            place = dearest(one, share)
+            found.append("" if place is None else f"{float(one.accuracy[place]):.4f}")
         if any(found):
             rows.append((f"{share:g}", *found))
     return rows

@@ -16,9 +16,10 @@ from gateplug.core.cost import still
 from gateplug.core.errors import PlugError
 from gateplug.core.figure import heat_map, save
 from gateplug.core.table import print_table
+from gateplug.early_exit.batches import Call
 from gateplug.early_exit.diagrams import draw_latency, draw_reliability
-from gateplug.early_exit.latency import Call, Point, Target, Times, dear_exits, exit_times, measured_points
-from gateplug.early_exit.operating import at_equal_cost, draw, write_csv, write_latency
+from gateplug.early_exit.latency import Point, Target, Times, dear_exits, exit_times, measured_points
+from gateplug.early_exit.operating import SHARES, at_equal_cost, dearest, draw, write_csv, write_latency
 from gateplug.early_exit.runner import ExitRunner
 from gateplug.early_exit.thresholds import sweep
 from gateplug.early_exit.validation import RULES, Seen
@@ -129,12 +130,12 @@ def _targets(seen: Seen, rule: str) -> list[Target]:
     one = seen.points[rule]
     assert one.accuracy is not None
     found = [("in use", seen.threshold, seen.cost, seen.answered)]
-    last = -1
-    for share in (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0):
-        within = (one.cost <= share + 1e-9).nonzero().flatten()
-        if len(within) and int(within[-1]) != last:
-            last = int(within[-1])
-            found.append((f"{share:g}", float(one.threshold[last]), float(one.cost[last]), float(one.accuracy[last])))
+    last = None
+    for share in SHARES:
+        place = dearest(one, share)
+        if place is not None and place != last:
+            last = place
+            found.append((f"{share:g}", float(one.threshold[place]), float(one.cost[place]), float(one.accuracy[place])))
     return found
 
 

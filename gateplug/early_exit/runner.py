@@ -77,7 +77,8 @@ class ExitRunner(nn.Module):
             record = next((r for r in all_records(module) if r.plug == "EarlyExit"), None)
             if record is None:
                 raise PlugError("ExitRunner needs a module with exits: attach gp.EarlyExit, or open a checkpoint with gp.load")
-            stages, arguments = stages_of(module), record.arguments
+            arguments = record.arguments
+            stages = stages_of(module, arguments["classes"])
             trained = (arguments["gate"], arguments["mode"], float(next(iter(stages.branches.values())).threshold))
         self._begin(stages, trained[0] if gate is None else gate, trained[1] if mode is None else mode, trained[2])
         if threshold is not None:
@@ -99,7 +100,8 @@ class ExitRunner(nn.Module):
         self.stages = stages
         self.net = stages.net
         # exits that stand on no block any more are this module's own
-        loose = [branch for branch in self.branches if branch not in set(stages.net.modules())]
+        inside = set(stages.net.modules())
+        loose = [branch for branch in self.branches if branch not in inside]
         if loose:
             self.exits = nn.ModuleList(loose)
         costs = torch.tensor([*(float(branch.cost) for branch in self.branches), 1.0])

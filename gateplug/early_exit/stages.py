@@ -10,12 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from gateplug.core.errors import PlugError
-from gateplug.early_exit.batches import logits_of, rows_of
+from gateplug.early_exit.batches import Call, holds_rows, logits_of, rows_of
 from gateplug.early_exit.branch import ExitBranch, Reading, last_places
 from gateplug.early_exit.flow import Flow
 from gateplug.early_exit.stacks import Stack, find_stack
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):  # no error: the way out of a forward at the first block
@@ -132,6 +130,8 @@ class Stages:
         """
         stay = torch.arange(flow.size, device=flow.device) < flow.size // 2
         inputs = rows_of((flow.args, flow.kwargs), stay, flow.size)
+        cut = [f"argument {i}" for i, value in enumerate(flow.args) if holds_rows(value, flow.size)]
+        cut += [repr(name) for name, value in flow.kwargs.items() if holds_rows(value, flow.size)]
         try:
             half = self._enter(*inputs)
             pairs = enumerate(zip(flow.beside, half.beside, strict=True))
@@ -142,16 +142,14 @@ class Stages:
                 flow.block(flow.next)
             got = logits_of(flow.end())
         except (RuntimeError, IndexError, ValueError) as error:
-            raise PlugError(self._lost(flow, f"fails on some of the rows of a batch: {error}")) from error
+            raise PlugError(self._lost(cut, f"fails on some of the rows of a batch: {error}")) from error
         if not _equal(got, want[stay], flow.hidden):
-            raise PlugError(self._lost(flow, "answers otherwise for some of the rows of a batch than for all of them"))
+            raise PlugError(self._lost(cut, "answers otherwise for some of the rows of a batch than for all of them"))
         self._learned = True
 
-    def _lost(self, flow: Flow, what: str) -> str:
-        names = [f"argument {i}" for i, value in enumerate(flow.whole[0]) if value]
-        names += [repr(name) for name, value in flow.whole[1].items() if value]
+    def _lost(self, cut: list[str], what: str) -> str:
         return (
-            f"{type(self.net).__name__} {what}. What has as many rows as there are samples was cut: {', '.join(names)}. Give "
+            f"{type(self.net).__name__} {what}. What has as many rows as there are samples was cut: {', '.join(cut)}. Give "
             "what belongs to all samples another form (a buffer, or a dimension of 1 first), and let no sample depend on another"
         )
 
@@ -186,9 +184,9 @@ _ADVICE = (
 )
 
 
-def stages_of(module: nn.Module) -> Stages:
-    """The stages of a module with exits."""
-    stack = find_stack(module)
+def stages_of(module: nn.Module, classes: int | None = None) -> Stages:
+    """The stages of a module with exits; `classes` as of :func:`find_stack`."""
+    stack = find_stack(module, classes)
     layers = [module.get_submodule(name) for name in stack.blocks]
     branches = {}
     for i, layer in enumerate(layers):

@@ -298,3 +298,26 @@ def test_half_precision_is_run_by_stages_as_well(name: str, autocast: bool, recw
         want = logits_of(run(net, batch))
     assert torch.allclose(out.logits, want, atol=0.05, rtol=0.05)
     assert not [w for w in recwarn if "does not end as others" in str(w.message)]
+
+
+class Scored(nn.Module):
+    """Its structure does not tell how many classes there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.LayerNorm(6), nn.ReLU()) for _ in range(3)])
+        self.score = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x @ self.score
+
+
+def test_classes_that_were_given_hold_for_the_runner_as_well() -> None:
+    net = Scored()
+    gp.EarlyExit(classes=4).attach(net)
+    x = torch.randn(5, 6)
+    want = net.eval()(x)
+    for runner in (gp.ExitRunner(net, threshold=2.0), gp.ExitRunner(gp.fold(net), threshold=2.0)):
+        assert torch.allclose(runner(x).logits, want, atol=1e-6)
