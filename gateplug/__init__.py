@@ -1,5 +1,6 @@
 """gateplug: published gating methods as plug-ins for trainings you already have."""
 
+from gateplug.continual import GateON
 from gateplug.core import (
     Cost,
     ExactResume,
@@ -66,6 +67,7 @@ __all__ = [
     "ExpertMLP",
     "ExpertMonitor",
     "Gate",
+    "GateON",
     "GateMonitor",
     "ImageData",
     "LanguageModel",

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 import gateplug as gp
-from tests.plugs import ToyPlug
+from tests.plugs import Switch, ToyPlug
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,32 @@ CASES: dict[str, Case] = {
             ({"at": ["net.blocks.1"]}, gp.PlugError, "the last block"),
             ({"at": 2.5}, TypeError, "way to name layers"),
         ],
+    ),
+    "GateON": Case(
+        # with a change of context every few steps, so that something is held back; availability of single weights is made of
+        # squares of small numbers, which half precision does not keep to the tolerance that is asked here: tests/continual
+        lambda: [Switch(), gp.GateON(contexts=3, eta=0.05, others="free")],
+        bad=[
+            ({"relevance": "neurons"}, ValueError, "Did you mean 'neuron'"),
+            ({"obstruct": "gradient"}, ValueError, "Did you mean 'grad'"),
+            ({"obstruct": "none"}, ValueError, "relevance='none' as well"),
+            ({"relevance": "none"}, ValueError, "obstruct='none' as well"),
+            ({"contexts": 0}, ValueError, "≥ 1"),
+            ({"contexts": 2.5}, TypeError, "whole number"),
+            ({"eta": 0.0}, ValueError, "> 0"),
+            ({"eta": "fast"}, TypeError, "must be a number"),
+            ({"open_share": 1.0}, ValueError, "(0, 1)"),
+            ({"reactivation": -1.0}, ValueError, "≥ 0"),
+            ({"heads": "frozen"}, ValueError, "obstructed"),
+            ({"others": "held"}, ValueError, "frozen"),
+            ({"bn": "own"}, ValueError, "per_context"),
+            ({"lr_scale": -1.0}, ValueError, "≥ 0"),
+            ({"layers": "net.head"}, gp.PlugError, "is the read-out"),
+            ({"layers": "decoder.*"}, gp.PlugError, "finds no layer"),
+            ({"layers": "net.blocks.0.norm"}, gp.PlugError, "nothing to gate in net.blocks.0.norm"),
+            ({"layers": 3}, TypeError, "way to name layers"),
+        ],
+        register=(Switch,),
     ),
     "GateMonitor": Case(
         lambda: [gp.ReplaceFFN("geglu"), gp.GateMonitor(every_n_steps=3)],

@@ -21,7 +21,7 @@ from gateplug.continual.matrix import (
     intransigence,
     learning_accuracy,
 )
-from gateplug.core.stream import permutation
+from gateplug.core.permuted import permutation
 
 __all__ = [
     "availability_step",

@@ -46,7 +46,8 @@ def backward_transfer(R: Tensor) -> Tensor:
 def forgetting(R: Tensor) -> Tensor:
     """1/(T−1) Σ_{j<T−1} (max_{j≤i<T−1} R[i, j] − R[T−1, j]); nan for one task.
 
-    From the best accuracy on a task before the last one was trained, to what is left. The maximum begins at i = j: before that the task was not learnt.
+    From the best accuracy on a task before the last one was trained, to what is left. The maximum begins at i = j: before that
+    the task was not learnt.
     """
     tasks = _tasks(R)
     if tasks == 1:

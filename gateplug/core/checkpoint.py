@@ -14,7 +14,7 @@ from torch import nn
 
 from gateplug.core.arguments import decode, resolve
 from gateplug.core.errors import PlugError, listed
-from gateplug.core.gate import Gate
+from gateplug.core.gate import Reshaped
 from gateplug.core.record import all_records
 from gateplug.core.wrap import unwrap, wrap
 
@@ -67,8 +67,9 @@ class _Loading:
         check_plugs(self.module, checkpoint)
         for record in all_records(self.module):
             for name, attached in record.attached():
-                if isinstance(attached, Gate):
-                    attached.before_load(checkpoint["state_dict"], name)
+                for part, module in attached.named_modules(prefix=name):
+                    if isinstance(module, Reshaped):
+                        module.before_load(checkpoint["state_dict"], part)
         inner(checkpoint)
 
 

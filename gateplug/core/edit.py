@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gateplug.core.errors import PlugError
-from gateplug.core.gate import Gate, RunGate
+from gateplug.core.gate import Gate, RunBefore, RunGate
 
 _HELD = "_gateplug_held"
 """Where a layer keeps what stood in an attribute before, and how many edits have set it."""
@@ -69,6 +69,8 @@ class Replace:
 class AddGate:
     """Make a gate a sub-module of the layer it gates, `layer.gate`, and run it on the layer's output by a forward hook.
 
+    A gate that stands before its layer (`Gate.before`) is run on what the layer is called with.
+
     Where the layer has something of that name, it is `layer.<room>_gate`.
 
     A plain `nn.Sequential` runs its children by itself: there the gate is simply the last of them, without a hook.
@@ -97,15 +99,18 @@ class AddGate:
             raise PlugError(f"a {type(layer).__name__} is never called itself and cannot be gated: name a layer around or in it")
         self.gate.train(layer.training)
         layer.add_module(self.name, self.gate)
-        if type(layer).forward is not nn.Sequential.forward:
+        if self.gate.before:
+            layer.register_forward_pre_hook(RunBefore(self.name))
+        elif type(layer).forward is not nn.Sequential.forward:
             layer.register_forward_hook(RunGate(self.name))
 
     def undo(self, root: nn.Module) -> None:
         """Take gate and hook away."""
         layer = root.get_submodule(self.layer)
-        for key, hook in list(layer._forward_hooks.items()):
-            if isinstance(hook, RunGate) and hook.name == self.name:
-                del layer._forward_hooks[key]
+        for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, RunGate | RunBefore) and hook.name == self.name:
+                    del hooks[key]
         del layer._modules[self.name]
 
     def fold(self, root: nn.Module) -> nn.Module:
@@ -171,4 +176,40 @@ class SetAttribute:
         return self.value if isinstance(self.value, nn.Module) else None
 
 
-Edit = Replace | AddGate | SetAttribute
+@dataclass
+class AddModule:
+    """Give a layer a sub-module that is never run: a place for state that belongs to the layer."""
+
+    layer: str
+    module: nn.Module
+    name: str
+    what: str = ""
+
+    @property
+    def slot(self) -> str:
+        """What this edit occupies: the name of the sub-module."""
+        return f"{self.layer}.{self.name}".lstrip(".")
+
+    def apply(self, root: nn.Module) -> None:
+        """Make the change in `root`; PlugError when the layer has something of that name already."""
+        layer = root.get_submodule(self.layer)
+        if hasattr(layer, self.name):
+            raise PlugError(f"{type(layer).__name__} has something named {self.name!r} already")
+        self.module.train(layer.training)
+        layer.add_module(self.name, self.module)
+
+    def undo(self, root: nn.Module) -> None:
+        """Take it away."""
+        del root.get_submodule(self.layer)._modules[self.name]
+
+    def fold(self, root: nn.Module) -> nn.Module:
+        """State of a plug is not needed any more."""
+        self.undo(root)
+        return root
+
+    def attached(self, root: nn.Module) -> nn.Module:
+        """The module that came in."""
+        return root.get_submodule(self.slot)
+
+
+Edit = Replace | AddGate | SetAttribute | AddModule

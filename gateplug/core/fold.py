@@ -40,11 +40,12 @@ def fold(module: nn.Module) -> nn.Module:
     folded = copy.deepcopy(_without_run(module))
     records = all_records(folded)
     gates: dict[type[Gate], list[Folded]] = {}
-    for record in records:
-        for name, part, piece in record.pieces:
+    # from the last to the first: of several gates on a layer, the one that came first stays next to it
+    for record in reversed(records):
+        for name, part, piece in reversed(record.pieces):
             gate = piece.edit.attached(part) if isinstance(piece.edit, AddGate) else None
             if isinstance(gate, Gate):
-                gates.setdefault(type(gate), []).append(Folded(name, gate, record.arguments))
+                gates.setdefault(type(gate), []).insert(0, Folded(name, gate, record.arguments))
             new = piece.edit.fold(part)
             folded = new if part is folded else _swap(folded, part, new)
     forget(folded)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gateplug.core.compiled import forget_compiled
-from gateplug.core.edit import AddGate, Edit, Replace, SetAttribute
+from gateplug.core.edit import AddGate, AddModule, Edit, Replace, SetAttribute
 from gateplug.core.errors import PlugError
 
 _SLOT = "_gateplug_pieces"
@@ -46,8 +46,8 @@ class Record:
     @property
     def layers(self) -> dict[str, str]:
         """What was done, by the layer's name; flags that were only set along with it are left out."""
-        named = ((p.edit.slot if not isinstance(p.edit, AddGate) else "", name, p.edit.what) for name, _, p in self.pieces)
-        return {join(name, slot): what for slot, name, what in named if what}
+        edits = [(name, piece.edit) for name, _, piece in self.pieces if piece.edit.what]
+        return {join(name, "" if isinstance(e, AddGate | AddModule) else e.slot): e.what for name, e in edits}
 
     def attached(self) -> list[tuple[str, nn.Module]]:
         """Modules that came in, by their names in the model."""

@@ -9,7 +9,10 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from lightning import LightningModule, Trainer
 
+from gateplug.core.permuted import permutation
 from gateplug.core.plug import Plug
+
+__all__ = ["Place", "Stage", "Stream", "TaskPlug", "batch_task", "eval_task", "permutation", "place_in", "stream_of"]
 
 Stage = Literal["val", "test"]
 
@@ -129,10 +132,3 @@ def batch_task(batch: Any) -> int | None:
     if isinstance(found, torch.Tensor):
         found = found.flatten()[0].item() if found.numel() else None
     return None if found is None else int(found)
-
-
-def permutation(seed: int, task: int, n: int) -> torch.Tensor:
-    """Order of the n pixels in a task of a permuted stream: (n,) int64, the identity for task 0."""
-    if task == 0:
-        return torch.arange(n)
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + task))

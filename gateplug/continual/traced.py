@@ -1,0 +1,143 @@
+"""What comes after each layer of a network, read off its graph (torch.fx); nothing is run."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from gateplug.core.activations import is_activation
+from gateplug.core.feed_forward import is_linear
+from gateplug.core.gate import Gate
+
+HOMOGENEOUS = {F.relu, torch.relu, torch.relu_, F.leaky_relu, F.prelu, "relu", "relu_"}
+"""Functions f with f(z) · ∂ℓ/∂f = z · ∂ℓ/∂z: relevance can be read before them."""
+OTHERS = {F.gelu, F.silu, F.elu, F.selu, F.celu, F.softplus, F.hardswish, F.hardtanh, F.mish, torch.tanh, torch.sigmoid, F.tanh,
+          F.sigmoid, F.logsigmoid, F.relu6, F.hardsigmoid, "tanh", "sigmoid"}  # fmt: skip
+NORMS = (
+    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+)  # fmt: skip
+THROUGH = (*NORMS, nn.modules.dropout._DropoutNd, nn.Identity, nn.Flatten, Gate, nn.modules.pooling._MaxPoolNd,
+           nn.modules.pooling._AvgPoolNd)  # fmt: skip
+_NOT_HIDDEN = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)
+_PRODUCTS = {operator.mul, torch.mul, "mul"}
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A layer with an activation behind it."""
+
+    layer: str
+    reads: str | None
+    activation: str
+    rows: tuple[str, ...]
+
+
+@dataclass
+class Trace:
+    """What the graph of a module tells."""
+
+    followed: list[Followed] = field(default_factory=list)
+    last: list[str] = field(default_factory=list)
+    """Layers from which the output is reached without another layer."""
+
+
+class _Tracer(fx.Tracer):
+    """Looks not into activations and gates. Which modules are activations is found by calling them, so before it traces."""
+
+    def __init__(self, activations: set[nn.Module]) -> None:
+        super().__init__()
+        self.activations = activations
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Gate) or m in self.activations or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(module: nn.Module) -> Trace | None:
+    """Follow the layers of a module, or None where its forward cannot be followed without running it."""
+    activations = {m for m in module.modules() if is_activation(m)}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            graph = _Tracer(activations).trace(module)
+    except Exception:  # whatever a forward makes of stand-ins for tensors
+        return None
+    parts = dict(module.named_modules())
+    seen = Trace()
+    done: set[str] = set()
+    for node in graph.nodes:
+        if node.op != "call_module" or not _layer(parts[str(node.target)]) or node.target in done:
+            continue
+        done.add(str(node.target))
+        found = _after(node, parts, activations)
+        if found is not None:
+            seen.followed.append(found)
+    seen.last = _last(graph, parts)
+    return seen
+
+
+def _layer(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _after(node: fx.Node, parts: dict[str, nn.Module], activations: set[nn.Module]) -> Followed | None:
+    """The activation behind a layer, with what stands between them."""
+    layer, reads = str(node.target), str(node.target)
+    rows: list[str] = []
+    while len(node.users) == 1:
+        (user,) = node.users
+        module = parts.get(str(user.target)) if user.op == "call_module" else None
+        if module is not None and isinstance(module, _NOT_HIDDEN):
+            return None
+        if module in activations:
+            return Followed(layer, str(user.target), type(module).__name__, (*rows, *_partner(user, parts)))
+        if module is not None and isinstance(module, THROUGH):
+            if isinstance(module, NORMS):
+                rows.append(str(user.target))
+            if not isinstance(module, nn.Flatten):
+                reads = str(user.target)
+        elif user.target in HOMOGENEOUS or user.target in OTHERS:
+            name = str(getattr(user.target, "__name__", user.target))
+            heard = reads if user.target in HOMOGENEOUS else None
+            return Followed(layer, heard, name, (*rows, *_partner(user, parts)))
+        elif not _reshapes(user):
+            return None
+        node = user
+    return None
+
+
+def _reshapes(user: fx.Node) -> bool:
+    return user.target in {F.dropout, torch.flatten, F.max_pool2d, F.avg_pool2d, F.max_pool1d, "flatten", "float"}
+
+
+def _partner(activation: fx.Node, parts: dict[str, nn.Module]) -> tuple[str, ...]:
+    """The layer whose output is multiplied by the activation: the other branch of a gated feed-forward."""
+    if len(activation.users) != 1:
+        return ()
+    (user,) = activation.users
+    others: list[Any] = [a for a in user.args if isinstance(a, fx.Node) and a is not activation]
+    if user.target not in _PRODUCTS or len(others) != 1:
+        return ()
+    other = others[0]
+    if other.op == "call_module" and is_linear(parts[str(other.target)]) and len(other.users) == 1:
+        return (str(other.target),)
+    return ()
+
+
+def _last(graph: fx.Graph, parts: dict[str, nn.Module]) -> list[str]:
+    output = next(node for node in graph.nodes if node.op == "output")
+    found: dict[str, None] = {}
+    waiting, visited = list(output.all_input_nodes), set()
+    while waiting:
+        node = waiting.pop()
+        if node in visited:
+            continue
+        visited.add(node)
+        if node.op == "call_module" and _layer(parts[str(node.target)]):
+            found[str(node.target)] = None
+        else:
+            waiting += node.all_input_nodes
+    return list(found)
