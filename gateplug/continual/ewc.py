@@ -33,7 +33,7 @@ class EWC(Measured):
     By hand, without a Trainer: `loss = ewc.total_loss(net, loss)` in each step, `ewc.consolidate(net, batches)` after each task.
 
     Args:
-        weight: λ ≥ 0.
+        weight: λ ≥ 0. It is of the size of 1 / F: 100 to 10,000 are common.
         samples: N ≥ 1, of a task; the first ones of the stream's `task_batches`.
         online: one anchor, that of the last task.
         decay: γ in [0, 1], with `online` alone.
@@ -51,7 +51,7 @@ class EWC(Measured):
 
     def __init__(
         self,
-        weight: float = 100.0,
+        weight: float = 1000.0,
         samples: int = 200,
         online: bool = False,
         decay: float = 1.0,
