@@ -148,7 +148,7 @@ CASES: dict[str, Case] = {
     "GateON": Case(
         # with a change of context every few steps, so that something is held back; availability of single weights is made of
         # squares of small numbers, which half precision does not keep to the tolerance that is asked here: tests/continual
-        lambda: [Switch(), gp.GateON(contexts=3, eta=0.05, others="free")],
+        lambda: [Switch(), gp.GateON(contexts=3, others="free")],
         bad=[
             ({"relevance": "neurons"}, ValueError, "Did you mean 'neuron'"),
             ({"obstruct": "gradient"}, ValueError, "Did you mean 'grad'"),

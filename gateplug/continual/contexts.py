@@ -161,6 +161,11 @@ class Contexts(TaskPlug):
         self._obstruction.prepare()
         self._around = AroundUpdate(optimizer, self._before_update, self._obstruction.after)
 
+    def forget(self) -> None:
+        """What was read of the step so far does not count: a step that was skipped, or is held back."""
+        if self._listener is not None:
+            self._listener.forget()
+
     def unfollow(self) -> None:
         """Stop."""
         if self._listener is not None:

@@ -7,8 +7,8 @@ allows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ def mean_loss(state: State, context: int, window: int = 50) -> float:
     """Mean of a context's last window − 1 losses; nan where there is none."""
     held = state["losses"][context][-(window - 1) :]
     return sum(held) / len(held) if held else math.nan
+
+
+def new_state() -> State:
+    """One context, of which nothing is known."""
+    return {"active": 0, "losses": [[]], "confidence": [0.0]}
 
 
 def deviates(state: State, context: int, loss: float, window: int = 50, threshold: float = 1.5) -> bool:
@@ -111,7 +116,7 @@ def detector_trace(
     Raises:
         ValueError: a context is needed that `losses` has no column for.
     """
-    state: State = {"active": 0, "losses": [[]], "confidence": [0.0]}
+    state = new_state()
     out = []
     for row in losses.tolist():
         state, _ = detector_step(state, row[state["active"]], row.__getitem__, window, threshold, confidence, rate)
@@ -119,3 +124,41 @@ def detector_trace(
             raise ValueError(f"context {state['active']} is opened, and the losses have {len(row)} columns")
         out.append(state["active"])
     return torch.tensor(out, dtype=torch.int64)
+
+
+class Detection(NamedTuple):
+    """Alarms against the truth."""
+
+    hits: int
+    """Switches of which an alarm told within the tolerance."""
+    misses: int
+    false_alarms: int
+    delay: float
+    """Mean number of batches from a switch to its alarm; nan without a hit."""
+
+
+def detection(alarms: Sequence[int], switches: Sequence[int], tolerance: int = 50) -> Detection:
+    """Compare alarms with the switches that there were.
+
+    Args:
+        alarms: batches at which a context was changed.
+        switches: first batches of the tasks, that of the first task left out.
+        tolerance: batches after a switch in which the first alarm is its hit; all other alarms are false.
+    """
+    left, delays = sorted(alarms), []
+    for start in sorted(switches):
+        hit = next((a for a in left if start <= a < start + tolerance), None)
+        if hit is not None:
+            left.remove(hit)
+            delays.append(hit - start)
+    delay = sum(delays) / len(delays) if delays else math.nan
+    return Detection(len(delays), len(switches) - len(delays), len(left), delay)
+
+
+def purity(counts: Tensor) -> Tensor:
+    """Share of batches in a context that are of the context's most frequent task.
+
+    Args:
+        counts: (contexts, tasks), batches.
+    """
+    return counts.amax(1).sum() / counts.sum().clamp_min(1)

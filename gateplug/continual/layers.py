@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gateplug.continual.attention import Attention
 from gateplug.continual.functional import availability_step, gate, normalized_gate
-from gateplug.core.gate import Gate, Openness, Reshaped, RunBefore, RunGate
+from gateplug.core.gate import Gate, Openness, RunBefore, RunGate
 
 USED = 0.05
 """Availability below which a unit or weight counts as used (the official code's figure)."""

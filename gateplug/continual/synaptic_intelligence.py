@@ -33,7 +33,7 @@ class SynapticIntelligence(Pulled):
     `si.after_step(net)`; `si.consolidate(net)` after each task.
 
     Args:
-        weight: c ≥ 0; the paper has .1 for 100 epochs and more. The shorter the tasks, the less ω there is, and the more it takes.
+        weight: c ≥ 0; the paper has .1 for 100 epochs and more. The shorter the tasks, the less ω there is.
         xi: ξ > 0: keeps the importance of what hardly moved finite; the paper has .1 and 1e-3.
 
     Raises:

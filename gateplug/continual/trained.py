@@ -42,7 +42,7 @@ class TrainedContexts(Contexts):
         super()._enter(module, stage)
         if stage != "fit":
             return
-        # DDP waits for every parameter it knows: rows of other contexts have no part in a step, and new ones it never gets to know
+        # DDP waits for every parameter it knows; rows of other contexts have no part in a step, and new ones it never knows
         self._frozen.keep(g.layer[0].get_parameter(name) for g in self._guards for name in g.frozen)
         parts = {id(t) for m in (*self._gates, *self._guards, *self._norms) for t in (*m.parameters(), *m.buffers())}
         names = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if id(t) in parts]
@@ -91,8 +91,7 @@ class TrainedContexts(Contexts):
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """A step begins: what a step that was skipped has left is forgotten."""
-        if self._listener is not None:
-            self._listener.forget()
+        self.forget()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gates are not in DDP's buckets: their gradient is averaged here, once a step."""
