@@ -65,8 +65,8 @@ class OutputMask(Gate):
     def _masked(self, logits: Tensor) -> Tensor:
         if logits.shape[-1] != len(self.allowed):
             raise ValueError(
-                f"HeadMask is for {len(self.allowed)} outputs, and the network gives logits {tuple(logits.shape)}: give it as many "
-                "as the stream needs (TaskStream.num_classes)"
+                f"HeadMask is for {len(self.allowed)} outputs, and the network gives logits {tuple(logits.shape)}: give it as "
+                "many as the stream needs (TaskStream.num_classes)"
             )
         return logits.masked_fill(~self.allowed, torch.finfo(logits.dtype).min / 2)
 

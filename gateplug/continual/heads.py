@@ -117,13 +117,13 @@ class HeadMask(TaskPlug):
         names = {cls.__name__ for c in trainer.callbacks for cls in type(c).__mro__}  # type: ignore[attr-defined]
         if "Replay" in names and getattr(stream, "head", "") == "task":
             raise PlugError(
-                "HeadMask cannot be used with Replay and head='task': replayed samples are of other tasks, whose outputs are masked "
-                "while this one trains. Use head='class'"
+                "HeadMask cannot be used with Replay and head='task': replayed samples are of other tasks, whose outputs are "
+                "masked while this one trains. Use head='class'"
             )
         if getattr(module, "label_smoothing", 0):
             raise PlugError(
-                f"label_smoothing={module.label_smoothing} gives every output a share of the label, also those that HeadMask masks, "
-                "and the loss would be infinite: set it to 0"
+                f"label_smoothing={module.label_smoothing} gives every output a share of the label, also those that HeadMask "
+                "masks, and the loss would be infinite: set it to 0"
             )
         self._outputs = None if stream is None else cast(Heads, stream).num_classes
 
