@@ -129,6 +129,14 @@ def _copied(value: Any) -> Any:
     return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
+def counted(logits: Tensor) -> Tensor:
+    """Which logits count, bool of their shape: those that a mask has not set to −∞ or to half of the least number of their type.
+
+    In float16 that is −32,752, and may have become float32 since.
+    """
+    return logits > -3e4
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Predictive entropy of each row of logits (B, C), in nats: (B,)."""
     with torch.no_grad():
