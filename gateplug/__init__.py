@@ -1,6 +1,16 @@
 """gateplug: published gating methods as plug-ins for trainings you already have."""
 
-from gateplug.continual import GateON
+from gateplug.continual import (
+    EWC,
+    MAS,
+    AccuracyMatrix,
+    ContextDetector,
+    ContinualMetrics,
+    GateON,
+    HeadMask,
+    Replay,
+    SynapticIntelligence,
+)
 from gateplug.core import (
     Cost,
     ExactResume,
@@ -16,7 +26,7 @@ from gateplug.core import (
     latency,
     load,
 )
-from gateplug.data import Digits, ImageData, OverlaidImages, Ratings, SyntheticTasks, TextData, exact_loader
+from gateplug.data import Digits, ImageData, OverlaidImages, Ratings, SyntheticTasks, TaskStream, TextData, exact_loader
 from gateplug.early_exit import (
     CalibrationError,
     ConformalCoverage,
@@ -48,11 +58,16 @@ from gateplug.tasks import Classifier, LanguageModel, MultiTask, Seq2Seq, TaskHe
 __version__ = "0.1.0"
 
 __all__ = [
+    "EWC",
     "FFN",
     "GLU",
+    "MAS",
+    "AccuracyMatrix",
     "CalibrationError",
     "Classifier",
     "ConformalCoverage",
+    "ContextDetector",
+    "ContinualMetrics",
     "Cost",
     "DSelectK",
     "Digits",
@@ -69,6 +84,7 @@ __all__ = [
     "Gate",
     "GateMonitor",
     "GateON",
+    "HeadMask",
     "ImageData",
     "LanguageModel",
     "Latency",
@@ -84,11 +100,14 @@ __all__ = [
     "RegulateRouters",
     "ReplaceActivation",
     "ReplaceFFN",
+    "Replay",
     "Seq2Seq",
     "SigmoidGate",
     "SoftmaxGate",
+    "SynapticIntelligence",
     "SyntheticTasks",
     "TaskHead",
+    "TaskStream",
     "TaskTowers",
     "TemperedSigmoid",
     "TextData",

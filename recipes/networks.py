@@ -31,6 +31,20 @@ def handcrafted_cnn(channels: int = 1, num_classes: int = 10) -> nn.Sequential:
     )
 
 
+def mlp(inputs: int, hidden: int, layers: int = 2, outputs: int = 10) -> nn.Sequential:
+    """A plain network of dense layers with ReLU, for images or rows of numbers.
+
+    Args:
+        inputs: numbers of a sample.
+        hidden: units of a hidden layer.
+        layers: hidden layers.
+        outputs: number of logits.
+    """
+    widths = [inputs, *[hidden] * layers]
+    parts = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *parts, nn.Linear(hidden, outputs))
+
+
 class MultiTaskCNN(nn.Module):
     """Shared convolutional experts under one gate a task, for overlaid images.
 

@@ -74,7 +74,8 @@ class AccuracyMatrix(Metric):
         `average_accuracy` is over the tasks that were measured. The others need tasks that are trained once, in their order, and
         every entry that their formula takes.
         """
-        R = self.values[1:].cpu()
+        self.seen = self.values.cpu()
+        R = self.seen[1:]
         measured = (~R.isnan()).any(1).nonzero().flatten().tolist()
         if not measured:
             return {}
