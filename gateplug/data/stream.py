@@ -88,6 +88,7 @@ class TaskStream(LightningDataModule):
         self.forward, self.task_in_batch, self.uneven, self.seed = forward, task_in_batch, uneven, seed
         self._modules: list[LightningDataModule] = tasks or ([base] if base is not None else [])
         self._outputs = Outputs(head, kind == "class_split", self.num_tasks, seed, uneven, self._size)
+        self.prepare_data_per_node = any(module.prepare_data_per_node for module in self._modules)
         self._done: set[tuple[int, str | None]] = set()
         self._loaders: dict[tuple[int, Split], ExactLoader | None] = {}
         self._parts: dict[Split, list[tuple[Source, View]] | None] = {}
@@ -144,6 +145,20 @@ class TaskStream(LightningDataModule):
             if stage in (None, "fit"):
                 check_trainer(self.trainer, self.train_lengths(), self.train_tasks())
 
+    def teardown(self, stage: str) -> None:
+        """Have each data module clean up."""
+        for module in dict.fromkeys(self._modules):
+            module.teardown(stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the data modules themselves keep."""
+        return {str(i): state for i, module in enumerate(self._modules) if (state := module.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give it back to them."""
+        for i, state in state_dict.items():
+            self._modules[int(i)].load_state_dict(state)
+
     def _set_up(self, stage: str | None) -> None:
         for module in self._modules:
             module.trainer = self.trainer
@@ -186,7 +201,7 @@ class TaskStream(LightningDataModule):
         parts = self._train()
         for task, (source, _) in enumerate(parts):
             if task in self.train_tasks() and not source.length(task):
-                raise ValueError(f"TaskStream: task {task} ({source.owner}) has no training data.")
+                raise ValueError(f"TaskStream: task {task} ({source.owner}) has no training data, or not one full batch.")
         lengths = {t: self.steps_per_task or (self.epochs_per_task or 1) * parts[t][0].length(t) for t in self.train_tasks()}
         return [lengths[t] for t in self.train_tasks()]
 
