@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset, WeightedRandomSampler
 
@@ -378,6 +379,14 @@ class _Predict(L.LightningModule):
         return len(batch["labels"])
 
 
+def test_a_task_without_a_validation_set_is_left_out_of_validation() -> None:
+    stream = TaskStream(tasks=[users(), Few()], epochs_per_task=1)
+    with pytest.warns(UserWarning, match="no val set for some tasks, which are left out there: 0"):
+        stream.val_dataloader()
+    assert [task for task, _ in stream.eval_lengths("val")] == [1]
+    assert len(list(stream.val_dataloader())) == stream.eval_lengths("val")[0][1]
+
+
 def test_a_second_epoch_passes_the_stream_again_with_other_orders_and_all_tasks_are_known() -> None:
     stream = TaskStream(base=users(), kind="permuted", num_tasks=2, epochs_per_task=1)
     watch = Watch()
@@ -394,7 +403,7 @@ def test_a_data_module_is_prepared_and_set_up_once() -> None:
     trainer = L.Trainer(**QUIET)
     trainer.fit(Watch(), stream)
     trainer.fit(Watch(), stream)
-    assert a.calls == ["prepare", "fit", "prepare"]
+    assert a.calls == ["prepare", "fit"] * 2
     assert a.trainer is trainer
     assert stream.val_dataloader() == stream.test_dataloader() == []
 
@@ -435,7 +444,7 @@ def test_what_a_data_module_keeps_is_in_the_checkpoint_and_it_may_clean_up(tmp_p
     trainer = L.Trainer(**QUIET)
     trainer.fit(Watch(), data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    assert keeps.calls[-1] == "end of fit"
+    assert keeps.calls[-1] == f"end of {TrainerFn.FITTING}"
     keeps, data = stream()
     L.Trainer(**QUIET).fit(Watch(), data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert keeps.kept == 7
