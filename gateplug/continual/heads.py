@@ -55,7 +55,9 @@ class HeadMask(TaskPlug):
         self._outputs: int | None = None
         self._seen: list[int] = []
         self._shown: tuple[int, ...] | None = None
+        """Tasks whose outputs count now."""
         self._trained: tuple[int, ...] | None = None
+        """And in the last training batch."""
 
     # ------------------------------------------------------------------ what is attached
 
@@ -151,12 +153,12 @@ class HeadMask(TaskPlug):
         stream = cast("Heads | None", stream_of(trainer))
         tasks = self._seen if stream is None or stream.head == "class" else [] if task is None else [task]
         if stream is not None and tasks:  # nothing seen yet: the mask stays what it is
-            self._put(module, tuple(c for t in tasks for c in stream.classes(t)))
+            self._put(module, stream, tuple(tasks))
 
-    def _put(self, module: LightningModule, classes: tuple[int, ...]) -> None:
-        if classes != self._shown:
-            self._shown = classes
-            self.allow(module, classes)
+    def _put(self, module: LightningModule, stream: Heads, tasks: tuple[int, ...]) -> None:
+        if tasks != self._shown:
+            self._shown = tasks
+            self.allow(module, [c for task in tasks for c in stream.classes(task)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again at what is masked."""
@@ -180,8 +182,9 @@ class HeadMask(TaskPlug):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Back to what training uses, before a checkpoint is written."""
-        if trainer.state.fn == "fit" and self._trained is not None:
-            self._put(pl_module, self._trained)
+        stream = cast("Heads | None", stream_of(trainer))
+        if stream is not None and trainer.state.fn == "fit" and self._trained is not None:
+            self._put(pl_module, stream, self._trained)
 
     # ------------------------------------------------------------------ state
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities import rank_zero_warn
 
+from gateplug.core.errors import listed
 from gateplug.core.stream import Stage
 from gateplug.data.loader import ExactLoader
-from gateplug.data.module import ExactDataModule, Split
+from gateplug.data.module import Split
 from gateplug.data.stream_checks import check_choices, check_lengths, check_masked, check_parts, check_trainer
 from gateplug.data.stream_heads import Outputs, check_same, said_classes
 from gateplug.data.stream_kinds import Permute, Rotate, View
 from gateplug.data.stream_labels import dataset_labels
-from gateplug.data.stream_loader import StreamLoader, Stretch, TaskLoader
-from gateplug.data.stream_source import Source, exact, grouped, measuring
+from gateplug.data.stream_loader import StreamLoader, Stretch, TaskLoader, begun
+from gateplug.data.stream_source import Source, exact, grouped, loader_of, measuring
 
 _STAGES: dict[Split, tuple[str, ...]] = {"train": ("fit",), "val": ("validate", "fit"), "test": ("test", "predict")}
 
@@ -88,9 +87,10 @@ class TaskStream(LightningDataModule):
         self.forward, self.task_in_batch, self.uneven, self.seed = forward, task_in_batch, uneven, seed
         self._modules: list[LightningDataModule] = tasks or ([base] if base is not None else [])
         self._outputs = Outputs(head, kind == "class_split", self.num_tasks, seed, uneven, self._size)
+        self.prepare_data_per_node = any(module.prepare_data_per_node for module in self._modules)
         self._done: set[tuple[int, str | None]] = set()
         self._loaders: dict[tuple[int, Split], ExactLoader | None] = {}
-        self._parts: dict[Split, list[tuple[Source, View]] | None] = {}
+        self._parts: dict[Split, dict[int, tuple[Source, View]]] = {}
         self._lengths: list[int] | None = None
 
     # ------------------------------------------------------------------ what the tasks are
@@ -116,14 +116,14 @@ class TaskStream(LightningDataModule):
 
     def eval_lengths(self, stage: Stage) -> list[tuple[int, int]]:
         """(task, batches) of what the next iteration over a stage's loader gives."""
-        parts = self._split(stage) or []
-        chosen = self._begun() if stage == "val" else range(self.num_tasks)
-        return [(task, parts[task][0].length(task)) for task in chosen if parts]
+        parts = self._split(stage)
+        chosen = self._shown() if stage == "val" else range(self.num_tasks)
+        return [(task, parts[task][0].length(task)) for task in chosen if task in parts]
 
     def task_batches(self, task: int) -> TaskLoader:
         """Training batches of a task once through, in the order of epoch 0, images not augmented."""
-        source, view = self._train()[task]
-        return TaskLoader([(Source(measuring(source.loader), source.owner), view)], lambda: [task])
+        source, view = self._split("train")[task]
+        return TaskLoader({task: (Source(measuring(source.loader), source.owner), view)}, lambda: [task])
 
     # ------------------------------------------------------------------ what Lightning calls
 
@@ -133,7 +133,7 @@ class TaskStream(LightningDataModule):
             module.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Set up each data module, once a stage, and check the Trainer."""
+        """Set up each data module, once a stage and run, and check the Trainer."""
         self._set_up(stage)
         if stage in (None, "fit"):
             if self.head == "domain":
@@ -144,26 +144,41 @@ class TaskStream(LightningDataModule):
             if stage in (None, "fit"):
                 check_trainer(self.trainer, self.train_lengths(), self.train_tasks())
 
+    def teardown(self, stage: str) -> None:
+        """Have each data module clean up; another run sets it up anew."""
+        self._done, self._loaders, self._parts = set(), {}, {}
+        for module in dict.fromkeys(self._modules):
+            module.teardown(stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the data modules themselves keep."""
+        return {str(i): state for i, module in enumerate(self._modules) if (state := module.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give it back to them."""
+        for i, state in state_dict.items():
+            self._modules[int(i)].load_state_dict(state)
+
     def _set_up(self, stage: str | None) -> None:
         for module in self._modules:
             module.trainer = self.trainer
             if not {(id(module), stage), (id(module), None)} & self._done:
-                self._done.add((id(module), stage))
                 module.setup(stage)  # type: ignore[arg-type]
+                self._done.add((id(module), stage))
 
     def train_dataloader(self) -> StreamLoader:
         """Training batches of the whole stream."""
-        parts = self._train()
+        parts = self._split("train")
         stretches = [Stretch(t, *parts[t], n) for t, n in zip(self.train_tasks(), self.train_lengths(), strict=True)]
         return StreamLoader(stretches, {"kind": self.kind, "head": self.head, "seed": self.seed})
 
     def val_dataloader(self) -> Any:
-        """Validation batches of the tasks that have begun; empty if there is no validation set."""
-        return [] if (parts := self._split("val")) is None else TaskLoader(parts, self._begun)
+        """Validation batches of the tasks that have begun; empty if there is no such set."""
+        return TaskLoader(parts, self._shown) if (parts := self._split("val")) else []
 
     def test_dataloader(self) -> Any:
         """Test batches of all tasks; empty if there is no test set."""
-        return [] if (parts := self._split("test")) is None else TaskLoader(parts, lambda: range(self.num_tasks))
+        return TaskLoader(parts, lambda: range(self.num_tasks)) if (parts := self._split("test")) else []
 
     def predict_dataloader(self) -> Any:
         """The test batches."""
@@ -171,57 +186,46 @@ class TaskStream(LightningDataModule):
 
     # ------------------------------------------------------------------ parts
 
-    def _begun(self) -> Sequence[int]:
-        trainer = self.trainer
+    def _shown(self) -> list[int]:
+        """The tasks that validation gives now."""
+        trainer, tasks = self.trainer, self.train_tasks()
         if self.forward or trainer is None or trainer.state.fn != "fit":
-            return range(self.num_tasks)
-        loop, tasks = trainer.fit_loop, self.train_tasks()
-        if loop.epoch_progress.current.processed:  # type: ignore[attr-defined]
-            return sorted(set(tasks))
-        batch = max(loop.epoch_loop.batch_idx, 0)
-        starts = accumulate([0, *self.train_lengths()[:-1]])
-        return sorted({task for task, start in zip(tasks, starts, strict=True) if start <= batch})
+            return list(range(self.num_tasks))
+        return begun(trainer, tasks, self.train_lengths())
 
     def _count(self) -> list[int]:
-        parts = self._train()
-        for task, (source, _) in enumerate(parts):
-            if task in self.train_tasks() and not source.length(task):
-                raise ValueError(f"TaskStream: task {task} ({source.owner}) has no training data.")
+        parts = self._split("train")
+        for task in self.train_tasks():
+            if not (source := parts[task][0]).length(task):
+                raise ValueError(f"TaskStream: task {task} ({source.owner}) has no training data, or not one full batch.")
         lengths = {t: self.steps_per_task or (self.epochs_per_task or 1) * parts[t][0].length(t) for t in self.train_tasks()}
         return [lengths[t] for t in self.train_tasks()]
 
-    def _train(self) -> list[tuple[Source, View]]:
-        parts = self._split("train")
-        assert parts is not None
-        return parts
-
-    def _split(self, split: Split) -> list[tuple[Source, View]] | None:
-        """Source and view of each task in a split, made at the first use; None where a data module has no such split."""
+    def _split(self, split: Split) -> dict[int, tuple[Source, View]]:
+        """Source and view of each task that has such a split, made at the first use."""
         if split not in self._parts:
-            sources = []
-            for module in self._modules:
-                loader, owner = self._loader(module, split), type(module).__name__
-                if loader is not None and self.kind == "class_split":
-                    labels = dataset_labels(loader.dataset, owner)
-                    rows = [torch.isin(labels, torch.tensor(group)).nonzero()[:, 0] for group in self._outputs.groups]
-                    loader = grouped(loader, rows)
-                sources.append(None if loader is None else Source(loader, owner))
-            of = [sources[t % len(sources)] for t in range(self.num_tasks)]
-            self._parts[split] = [(s, self._view(t)) for t, s in enumerate(of) if s is not None] if all(of) else None
+            sources = {id(module): self._source(module, split) for module in self._modules}
+            of = [sources[id(self._modules[t % len(self._modules)])] for t in range(self.num_tasks)]
+            self._parts[split] = {t: (source, self._view(t)) for t, source in enumerate(of) if source is not None}
+            if any(of) and not all(of):
+                names = listed(t for t, source in enumerate(of) if source is None)
+                rank_zero_warn(f"TaskStream: there is no {split} set for some tasks, which are left out there: {names}.")
         return self._parts[split]
+
+    def _source(self, module: LightningDataModule, split: Split) -> Source | None:
+        loader, owner = self._loader(module, split), type(module).__name__
+        if loader is not None and self.kind == "class_split":
+            labels = dataset_labels(loader.dataset, owner)
+            loader = grouped(loader, [torch.isin(labels, torch.tensor(g)).nonzero()[:, 0] for g in self._outputs.groups])
+        return None if loader is None else Source(loader, owner)
 
     def _loader(self, module: LightningDataModule, split: Split) -> ExactLoader | None:
         key = (id(module), split)
         if key not in self._loaders:
             if not any((id(module), stage) in self._done for stage in (*_STAGES[split], None)):
                 self._set_up(_STAGES[split][0])
-            if isinstance(module, ExactDataModule):
-                there = module.find(split) is not None
-            else:
-                there = is_overridden(f"{split}_dataloader", module, LightningDataModule)
-            made = getattr(module, f"{split}_dataloader")() if there else []
-            none = split != "train" and isinstance(made, list | tuple) and not made
-            self._loaders[key] = None if none else exact(made, type(module).__name__, self.seed or 0, split == "train")
+            made = loader_of(module, split)
+            self._loaders[key] = None if made is None else exact(made, type(module).__name__, self.seed or 0, split == "train")
         return self._loaders[key]
 
     def _view(self, task: int) -> View:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
+from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gateplug.data.stream_kinds import View
@@ -131,20 +132,19 @@ class TaskLoader:
     """The batches of some tasks, one after another, in an order that is always the same.
 
     Args:
-        parts: Source and view of each task.
-        tasks: Which tasks the next iteration gives.
+        parts: Task to its source and view.
+        tasks: Which tasks the next iteration gives; those without a part are left out.
     """
 
-    def __init__(self, parts: Sequence[tuple[Source, View]], tasks: Callable[[], Sequence[int]]) -> None:
+    def __init__(self, parts: Mapping[int, tuple[Source, View]], tasks: Callable[[], Sequence[int]]) -> None:
         self.parts, self.tasks = parts, tasks
 
     def __len__(self) -> int:
         """Batches of all tasks: Lightning asks once, and an iteration may give fewer."""
-        return sum(source.length(view.task) for source, view in self.parts)
+        return sum(source.length(task) for task, (source, _) in self.parts.items())
 
     def __iter__(self) -> Iterator[Any]:
-        parts = {view.task: (source, view) for source, view in self.parts}
-        chosen = [parts[task] for task in self.tasks()]
+        chosen = [self.parts[task] for task in self.tasks() if task in self.parts]
         for number, (source, view) in enumerate(chosen):
             try:
                 for item in source.batches(view.task, 0):
@@ -152,3 +152,18 @@ class TaskLoader:
             finally:
                 if number + 1 == len(chosen) or chosen[number + 1][0] is not source:
                     source.close()
+
+
+def begun(trainer: Trainer, tasks: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The tasks that a fit has begun with, ascending.
+
+    Args:
+        trainer: In a fit.
+        tasks: Of each stretch.
+        lengths: Training batches of each stretch.
+    """
+    if trainer.fit_loop.epoch_progress.current.processed:  # type: ignore[attr-defined]
+        return sorted(set(tasks))
+    batch = max(trainer.fit_loop.epoch_loop.batch_idx, 0)  # −1 before the first one, in the sanity check
+    starts = accumulate([0, *lengths[:-1]])
+    return sorted({task for task, start in zip(tasks, starts, strict=True) if start <= batch})

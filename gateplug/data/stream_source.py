@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from gateplug.data.imagebatch import ToPixels
 from gateplug.data.loader import ExactLoader, KeyedCollate, KeyedDataset
+from gateplug.data.module import ExactDataModule, Split
 from gateplug.data.order import EpochSampler
 
 
@@ -79,6 +82,16 @@ class Source:
         if (iterator := getattr(self.loader, "_iterator", None)) is not None:
             iterator._shutdown_workers()
             self.loader._iterator = None
+
+
+def loader_of(module: LightningDataModule, split: Split) -> Any:
+    """What a data module, which is set up, gives for a split; None where it has no such split."""
+    if isinstance(module, ExactDataModule):
+        there = module.find(split) is not None
+    else:
+        there = is_overridden(f"{split}_dataloader", module, LightningDataModule)
+    made = getattr(module, f"{split}_dataloader")() if there else []
+    return None if split != "train" and isinstance(made, list | tuple) and not made else made
 
 
 def exact(loader: Any, owner: str, seed: int, training: bool) -> ExactLoader:

@@ -394,6 +394,15 @@ def test_two_trainers_and_a_test_between_attach_once() -> None:
     assert sum(isinstance(m, OutputMask) for m in module.modules()) == 1
 
 
+def test_one_plug_masks_one_module_after_another() -> None:
+    plug, looks = HeadMask(), []
+    for _ in range(2):
+        looks.append(Look())
+        module = classifier()
+        fit(split("class", order=[1]), module, plug, looks[-1], limit_val_batches=0)
+    assert looks[0].seen["train"] == looks[1].seen["train"] == [GROUPS[1]] * 3
+
+
 def test_the_gates_monitor_shows_what_counts() -> None:
     module = classifier()
     HeadMask().attach(module)

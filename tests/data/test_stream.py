@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset, WeightedRandomSampler
 
@@ -231,6 +233,7 @@ def test_measuring_gives_all_samples_in_one_order_without_augmentation() -> None
     stream = TaskStream(base=Few(augment="crop"), kind="class_split", num_tasks=2, steps_per_task=3, seed=None)
     images, labels = _columns()
     first = list(stream.task_batches(1))
+    whole = list(stream.train_dataloader())
     running = iter(stream.train_dataloader())
     next(running)
     again = list(stream.task_batches(1))  # in the middle of the training
@@ -240,7 +243,9 @@ def test_measuring_gives_all_samples_in_one_order_without_augmentation() -> None
     assert len(seen) == len(expected)
     assert {tuple(i.flatten().tolist()) for i in seen} == {tuple(i.flatten().tolist()) for i in expected}
     assert len(stream.task_batches(1)) == len(first)
-    assert len(list(running)) == 5
+    rest = list(running)
+    assert len(rest) == 5
+    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(whole[1:], rest, strict=True))
 
 
 # ---------------------------------------------------------------------- the order of things
@@ -374,6 +379,14 @@ class _Predict(L.LightningModule):
         return len(batch["labels"])
 
 
+def test_a_task_without_a_validation_set_is_left_out_of_validation() -> None:
+    stream = TaskStream(tasks=[users(), Few()], epochs_per_task=1)
+    with pytest.warns(UserWarning, match="no val set for some tasks, which are left out there: 0"):
+        stream.val_dataloader()
+    assert [task for task, _ in stream.eval_lengths("val")] == [1]
+    assert len(list(stream.val_dataloader())) == stream.eval_lengths("val")[0][1]
+
+
 def test_a_second_epoch_passes_the_stream_again_with_other_orders_and_all_tasks_are_known() -> None:
     stream = TaskStream(base=users(), kind="permuted", num_tasks=2, epochs_per_task=1)
     watch = Watch()
@@ -390,7 +403,7 @@ def test_a_data_module_is_prepared_and_set_up_once() -> None:
     trainer = L.Trainer(**QUIET)
     trainer.fit(Watch(), stream)
     trainer.fit(Watch(), stream)
-    assert a.calls == ["prepare", "fit", "prepare"]
+    assert a.calls == ["prepare", "fit"] * 2
     assert a.trainer is trainer
     assert stream.val_dataloader() == stream.test_dataloader() == []
 
@@ -407,6 +420,34 @@ def test_a_task_that_is_over_gives_up_its_workers() -> None:
     L.Trainer(**QUIET, callbacks=[Count()], num_sanity_val_steps=0).fit(Watch(), stream)
     assert set(alive) == {1}
     assert not multiprocessing.active_children()
+
+
+def test_what_a_data_module_keeps_is_in_the_checkpoint_and_it_may_clean_up(tmp_path: Path) -> None:
+    class Keeps(Users):
+        kept = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"kept": self.kept}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.kept = state["kept"]
+
+        def teardown(self, stage: str) -> None:
+            self.calls.append(f"end of {stage}")
+
+    def stream() -> tuple[Keeps, TaskStream]:
+        keeps = Keeps(torch.rand(8, 6), torch.ones(8).long())
+        return keeps, TaskStream(tasks=[users(), keeps], epochs_per_task=1)
+
+    keeps, data = stream()
+    keeps.kept = 7
+    trainer = L.Trainer(**QUIET)
+    trainer.fit(Watch(), data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert keeps.calls[-1] == f"end of {TrainerFn.FITTING}"
+    keeps, data = stream()
+    L.Trainer(**QUIET).fit(Watch(), data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert keeps.kept == 7
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,0 +1,50 @@
+"""A stream made of whatever loaders a Trainer has been given, for plugs that follow one."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from lightning import LightningDataModule
+
+import gateplug as gp
+from gateplug.core.stream import Stage
+
+
+class Halves(LightningDataModule):
+    """The first half of the training batches is task 0, the second half task 1; what is evaluated is task 0. All classes count."""
+
+    num_tasks, num_classes = 2, 10
+
+    def __init__(self, loaders: dict[str, Any], head: str = "class") -> None:
+        super().__init__()
+        self.loaders, self.head = loaders, head
+
+    def classes(self, task: int) -> list[int]:
+        return list(range(10))
+
+    def train_lengths(self) -> list[int]:
+        n = len(self.loaders["train"])
+        return [n // 2, n - n // 2]
+
+    def train_tasks(self) -> list[int]:
+        return [0, 1]
+
+    def eval_lengths(self, stage: Stage) -> list[tuple[int, int]]:
+        return [(0, len(self.loaders[stage]))]
+
+    def task_batches(self, task: int) -> Any:
+        return self.loaders["train"]
+
+
+class Streamed(gp.Plug):
+    """Stands before a plug in the callbacks and gives it a stream."""
+
+    room: ClassVar[str] = "continual"
+    attaches: ClassVar[bool] = False
+
+    def __init__(self, head: str = "class") -> None:
+        self.head = head
+
+    def check(self, trainer: Any, module: Any) -> None:
+        loops = {"train": trainer.fit_loop, "val": trainer.validate_loop, "test": trainer.test_loop}
+        trainer.datamodule = Halves({name: loop._data_source.instance for name, loop in loops.items()}, self.head)
