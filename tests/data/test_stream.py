@@ -470,6 +470,11 @@ def test_accumulation_must_not_mix_tasks() -> None:
     L.Trainer(**QUIET, accumulate_grad_batches=5).fit(Watch(), stream)
 
 
+def test_a_few_batches_of_a_loader_are_no_stream() -> None:
+    with pytest.raises(ValueError, match="overfit_batches=2"):
+        L.Trainer(**QUIET, overfit_batches=2).fit(Watch(), TaskStream(base=Few(), kind="permuted", num_tasks=2, steps_per_task=5))
+
+
 @pytest.mark.parametrize("head", ["task", "class"])
 def test_several_heads_need_a_head_mask(head: Any) -> None:
     stream = TaskStream(base=Few(), kind="permuted", num_tasks=2, steps_per_task=2, head=head)

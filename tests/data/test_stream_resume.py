@@ -128,6 +128,13 @@ def test_killed_with_workers_that_read_ahead(unbroken: Any, tmp_path: Path, at: 
     assert same(unbroken("permuted"), resumed)
 
 
+def test_the_same_data_go_on_after_an_exception(unbroken: Any, tmp_path: Path) -> None:
+    data = stream("permuted", num_workers=1)
+    assert run(tmp_path, data, kill=9, val_check_interval=4) is None
+    assert same(unbroken("permuted"), run(tmp_path, data, resume=tmp_path / "last.ckpt", val_check_interval=4))
+    assert same(unbroken("permuted"), run(tmp_path / "anew", data, val_check_interval=4))
+
+
 def test_killed_in_a_stream_of_data_modules(tmp_path: Path) -> None:
     def domains() -> TaskStream:
         return TaskStream(tasks=[digits(), digits(seed=1, num_workers=1), digits(seed=2)], steps_per_task=6)
