@@ -77,7 +77,7 @@ class ContinualMetrics(TaskPlug):
         super().on_fit_start(trainer, pl_module)
         stream = stream_of(trainer)
         assert stream is not None
-        if not trainer.enable_validation:
+        if not trainer.enable_validation or not stream.eval_lengths("val"):
             raise PlugError("ContinualMetrics measures on validation data, and there are none: give each task a validation set")
         self.matrix = _matrix(stream, self.joint).to(pl_module.device)
         if self._restored:
@@ -90,6 +90,15 @@ class ContinualMetrics(TaskPlug):
         """Validate at the next boundary."""
         super().on_train_start(trainer, pl_module)
         self._aim(trainer)
+        if self.matrix is not None and self._due() and bool(self.matrix.values[self._done + 1].isnan().all()):
+            # the run was killed between the end of a task and its validation, which Lightning does not make up for
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def _due(self) -> bool:
+        """Whether the task that is over is one after which a validation stands."""
+        return self._done >= 0 and self.task is None and (self._done + 1) % self.every_task == 0
 
     def on_task_start(self, trainer: Trainer, module: LightningModule, task: int) -> None:
         """Validate at the next boundary."""
