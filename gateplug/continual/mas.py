@@ -47,7 +47,7 @@ class MAS(Measured):
 
     def value(self, logits: Tensor, label: Tensor) -> Tensor:
         """‖f(x)‖²; a class that is masked (−inf) is no part of it."""
-        return torch.where(logits.isfinite(), logits, 0.0).square().sum()
+        return torch.where(counted(logits), logits, 0.0).square().sum()
 
     def mean(self, gradients: Tensor) -> Tensor:
         """Of absolute values."""

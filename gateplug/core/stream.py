@@ -55,8 +55,10 @@ class Place(NamedTuple):
 
 def stream_of(trainer: Trainer) -> Stream | None:
     """The stream that a Trainer runs on, None for other data."""
+    loops = (trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
     data = trainer.datamodule  # type: ignore[attr-defined]
-    return data if isinstance(data, Stream) else None
+    # a Trainer that is given loaders later on still has the data module of before
+    return data if isinstance(data, Stream) and any(loop._data_source.instance is data for loop in loops) else None
 
 
 def place_in(stream: Stream, batch: int) -> Place | None:

@@ -35,6 +35,15 @@ class Halves(LightningDataModule):
     def task_batches(self, task: int) -> Any:
         return self.loaders["train"]
 
+    def train_dataloader(self) -> Any:
+        return self.loaders["train"]
+
+    def val_dataloader(self) -> Any:
+        return self.loaders["val"]
+
+    def test_dataloader(self) -> Any:
+        return self.loaders["test"]
+
 
 class Streamed(gp.Plug):
     """Stands before a plug in the callbacks and gives it a stream."""
@@ -47,4 +56,9 @@ class Streamed(gp.Plug):
 
     def check(self, trainer: Any, module: Any) -> None:
         loops = {"train": trainer.fit_loop, "val": trainer.validate_loop, "test": trainer.test_loop}
-        trainer.datamodule = Halves({name: loop._data_source.instance for name, loop in loops.items()}, self.head)
+        found = {name: loop._data_source.instance for name, loop in loops.items()}
+        loaders = {name: data.loaders[name] if isinstance(data, Halves) else data for name, data in found.items()}
+        trainer.datamodule = halves = Halves(loaders, self.head)
+        for name, loop in loops.items():
+            if loaders[name] is not None and loaders[name] is not module:
+                loop._data_source.instance = halves
