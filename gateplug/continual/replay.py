@@ -52,7 +52,8 @@ class Replay(TaskPlug):
 
     Raises:
         ValueError: a number out of its range, an unknown name, a buffer that is smaller than a batch.
-        PlugError: a batch with something else than tensors, or larger than the buffer.
+        PlugError: a batch with something else than tensors, or larger than the buffer; `der++` on a network that gives no logits
+            (B, C) or is not called as a whole.
     """
 
     room: ClassVar[str] = "continual"

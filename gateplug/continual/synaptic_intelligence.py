@@ -147,8 +147,11 @@ class SynapticIntelligence(Pulled):
         parameters = trained(module)
         self._begin(parameters)
         penalty = self._penalty_gradient(parameters, shares)
-        grads = {name: held(p.grad) / scale for name, p in parameters.items() if p.grad is not None}
-        self._gradient = {name: g - penalty[name] if name in penalty else g for name, g in grads.items()}
+        self._gradient = {}
+        for name, p in parameters.items():
+            if p.grad is not None:
+                g = held(p.grad) if scale == 1 else held(p.grad) / scale
+                self._gradient[name] = g.sub_(penalty[name]) if name in penalty else g
         self._asked, self._pulled = 0, {}
 
     def _penalty_gradient(self, parameters: Mapping[str, Tensor], shares: float) -> dict[str, Tensor]:

@@ -82,12 +82,12 @@ def test_one_parabola_is_the_sum_over_tasks(tasks: int, seed: int, far: float, d
 
 @pytest.mark.parametrize(
     ("settings", "data"),
-    [({}, {}), ({"accumulate_grad_batches": 2}, {"steps": 5}), ({"gradient_clip_val": 0.3}, {})],
+    [({}, {}), ({"accumulate_grad_batches": 4}, {"steps": 7}), ({"gradient_clip_val": 0.3}, {})],
     ids=["plain", "accumulated", "clipped"],
 )
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_a_run_is_the_written_out_one(kind: str, settings: dict[str, Any], data: dict[str, Any], tmp_path: Path) -> None:
-    """With five batches a task and two an update, an update has batches of two tasks."""
+    """With seven batches a task and four an update, updates have batches of two tasks, and the last one is not complete."""
     stream = PermutedDigits(**{**SIZES, **data})
     written, plug, module = WRITTEN[kind](), PLUGS[kind](), start()
     expected = train(written, module, stream, settings.get("accumulate_grad_batches", 1), settings.get("gradient_clip_val"))
@@ -133,6 +133,18 @@ def test_importance_does_not_depend_on_how_samples_are_batched(kind: str) -> Non
         found.append(plug.penalty.importance)
     for other in found[1:]:
         assert all(torch.allclose(i, other[n], rtol=1e-4, atol=1e-9) for n, i in found[0].items())
+
+
+def test_importance_is_measured_in_eval_mode_and_the_modes_are_given_back() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 10))
+    net(torch.rand(16, 64))
+    twin, data, plug = copy.deepcopy(net).eval().double(), PermutedDigits(**SIZES), EWC(samples=20)
+    plug.consolidate(net, data.task_batches(0))
+    expected = Written("ewc", 1.0).measure(twin, data.pixels(0, torch.arange(20)).double(), data.y[:20])
+    assert all(torch.allclose(i.double(), expected[n], rtol=1e-3, atol=1e-8) for n, i in plug.penalty.importance.items())
+    assert all(m.training for m in net.modules())
+    assert int(net[1].num_batches_tracked) == 1
 
 
 def test_sampled_labels_are_drawn_from_the_answers_and_repeat_by_seed_and_task() -> None:

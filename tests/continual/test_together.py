@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,20 @@ OURS: dict[str, Callable[[], list[Any]]] = {
     "MAS+SI+DER++": lambda: [MAS(1.0, samples=20), SynapticIntelligence(1.0), Replay(20, kind="der++")],
 }
 OTHERS: dict[str, Callable[[], list[Any]]] = {
-    "ReplaceFFN+GateMonitor": lambda: [gp.ReplaceFFN("geglu"), gp.GateMonitor(every_n_steps=2)],
+    "ReplaceFFN+GateMonitor": lambda: [gp.ReplaceFFN("geglu"), gp.GateMonitor(every_n_steps=1)],
     "ReplaceActivation": lambda: [gp.ReplaceActivation(nn.ReLU, gp.TemperedSigmoid(trainable=True))],
     "Upcycle": lambda: [gp.Upcycle(experts=4, k=2)],
     "RegulateRouters+ExpertMonitor": lambda: [
         gp.Upcycle(experts=4, k=2),
         gp.RegulateRouters(load_balance=0.05, z_loss=0.05),
-        gp.ExpertMonitor(every_n_steps=2),
+        gp.ExpertMonitor(every_n_steps=1),
     ],
     "EarlyExit": lambda: [gp.EarlyExit(cost_weight=0.1, freeze_backbone=False, warmup_epochs=0, every=1, latency=())],
     "ToyPlug": lambda: [ToyPlug()],
 }
-PAIRS = [(a, b) for a in OURS for b in OTHERS if not (b == "EarlyExit" and ("ER" in a or "Replay" in a))]
+SINGLE = [name for name in OURS if "+" not in name.rstrip("+")]
+PAIRS = [(a, b) for a in SINGLE for b in OTHERS if not (b == "EarlyExit" and "ER" in a)]
+PAIRS += [("MAS+SI+DER++", "ToyPlug"), ("MAS+SI+DER++", "RegulateRouters+ExpertMonitor")]
 
 
 class Rows(UserModule):
@@ -84,6 +87,34 @@ def test_together_they_train_resume_load_and_fold(ours: str, others: str, tmp_pa
         assert torch.allclose(answers(gp.fold(whole), x), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["reentrant", "nonreentrant"])
+@pytest.mark.parametrize("ours", ["ER", "MAS+SI+DER++"])
+def test_activation_checkpointing_gives_the_same_weights(ours: str, kind: str, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (None, kind):
+        L.seed_everything(1, verbose=False)
+        module = Rows(lr=0.05, checkpointing=checkpointing)
+        trainer(tmp_path, callbacks=OURS[ours](), max_epochs=1).fit(module, datamodule=PermutedDigits(**SIZES))
+        found.append(module.state_dict())
+    assert all(torch.allclose(t, found[1][name], rtol=0, atol=1e-6) for name, t in found[0].items())
+
+
+def test_a_compiled_network_trains_and_is_measured(tmp_path: Path) -> None:
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU, and this machine has none")
+    found = []
+    for compiled in (False, True):
+        L.seed_everything(1, verbose=False)
+        module = Rows(lr=0.05)
+        if compiled:
+            module.net.compile()
+        plugs = OURS["MAS+SI+DER++"]()
+        data = PermutedDigits(**{**SIZES, "steps": 2, "tasks": 2})
+        trainer(tmp_path, callbacks=plugs, max_epochs=1).fit(module, datamodule=data)
+        found.append(module.state_dict() | {f"importance of {n}": t for n, t in plugs[0].penalty.importance.items()})
+    assert all(torch.allclose(t, found[1][name], rtol=1e-4, atol=1e-5) for name, t in found[0].items())
+
+
 class Book(Logger):
     """Writes down what is logged."""
 
@@ -110,7 +141,7 @@ def test_measuring_disturbs_nobody(others: str, tmp_path: Path) -> None:
     found = []
     for ours in ([], [EWC(0.0, samples=20), MAS(0.0, samples=20), SynapticIntelligence(0.0)]):
         book = Book()
-        module = run([*OTHERS[others](), *ours], tmp_path, logger=book)
+        module = run([*ours, *OTHERS[others]()], tmp_path, logger=book)
         found.append((module, book.written))
     for name, t in found[0][0].state_dict().items():
         assert torch.equal(t, found[1][0].state_dict()[name]), name
@@ -132,7 +163,7 @@ class Reads(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
-@pytest.mark.parametrize("ours", OURS)
+@pytest.mark.parametrize("ours", ["EWC", "ER", "DER++"])
 def test_padded_texts_and_routers(ours: str, tmp_path: Path) -> None:
     """Replayed texts are of other lengths than the running ones: routers leave out the padding of each."""
     regulate = gp.RegulateRouters(load_balance=0.05, z_loss=0.05)
