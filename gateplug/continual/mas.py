@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gateplug.continual.functional import mas_importance
 from gateplug.continual.measured import Measured
 from gateplug.continual.penalty import Tensors, trained
+from gateplug.core.answers import counted
 from gateplug.core.errors import nearest
 
 ACCUMULATE = ("mean", "sum")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gateplug.continual.memory import LOGITS, Memory
 from gateplug.continual.own_steps import own_loss
-from gateplug.core.answers import Answers
+from gateplug.core.answers import Answers, counted
 from gateplug.core.errors import nearest, real_numbers, whole_numbers
 from gateplug.core.stream import TaskPlug, stream_of
 from gateplug.core.table import print_table
@@ -200,8 +200,8 @@ class Replay(TaskPlug):
 
 
 def apart(logits: Tensor, stored: Tensor) -> Tensor:
-    """Mean squared distance of logits (B, C) to stored ones (B, C' ≤ C), a scalar; classes masked then (−inf) count 0."""
+    """Mean squared distance of logits (B, C) to stored ones (B, C' ≤ C), a scalar; what did not count then is left out."""
     stored = stored.to(logits.device)
-    known = stored.isfinite()
+    known = counted(stored)
     now = torch.where(known, logits[:, : stored.shape[1]], 0.0)
     return F.mse_loss(now, torch.where(known, stored, 0.0))

@@ -21,19 +21,19 @@ from tests.modules import UserModule, loader, trainer
 NAN = float("nan")
 
 
-def filled(R: list[list[float]], b: list[float] | None = None, **kwargs: Any) -> gp.AccuracyMatrix:  # noqa: N803
+def filled(R: list[list[float]], b: list[float] | None = None, **kwargs: Any) -> gp.AccuracyMatrix:
     """A metric that has seen a hundred samples for each entry that is not nan."""
     metric = gp.AccuracyMatrix(len(R[0]), None if len(R) == len(R[0]) else len(R), **kwargs)
     for row, values in zip(range(-1, len(R)), [b or [NAN] * len(R[0]), *R], strict=True):
         for task, value in enumerate(values):
-            if value == value:  # noqa: PLR0124
+            if value == value:
                 labels = torch.zeros(100, dtype=torch.long)
                 metric.update((torch.arange(100) >= round(100 * value)).long(), labels, task, row)
     return metric
 
 
 def test_the_figures_are_those_of_the_formulas() -> None:
-    R, b, joint = [[0.9, 0.2, 0.1], [0.8, 0.7, 0.3], [0.5, 0.6, 0.8]], [0.1, 0.1, 0.2], [0.95, 0.9, 0.9]  # noqa: N806
+    R, b, joint = [[0.9, 0.2, 0.1], [0.8, 0.7, 0.3], [0.5, 0.6, 0.8]], [0.1, 0.1, 0.2], [0.95, 0.9, 0.9]
     found = {k: round(float(v), 6) for k, v in filled(R, b, joint=joint).compute().items()}
     assert found == {
         "average_accuracy": round((0.5 + 0.6 + 0.8) / 3, 6),
