@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 import gateplug as gp
+from tests.continual.streamed import Streamed
 from tests.plugs import Switch, ToyPlug
 
 
@@ -170,6 +171,77 @@ CASES: dict[str, Case] = {
             ({"layers": 3}, TypeError, "way to name layers"),
         ],
         register=(Switch,),
+    ),
+    "ContextDetector": Case(
+        lambda: [gp.GateON(contexts=3, others="free"), gp.ContextDetector()],
+        bad=[
+            ({"window": 1}, ValueError, "≥ 2"),
+            ({"window": 2.5}, TypeError, "whole number"),
+            ({"threshold": 1.0}, ValueError, "> 1"),
+            ({"threshold": "high"}, TypeError, "must be a number"),
+            ({"confidence": 1.0}, ValueError, "[0, 1)"),
+            ({"rate": 0.0}, ValueError, "(0, 1]"),
+            ({"patience": 0}, ValueError, "≥ 1"),
+            ({"tolerance": 0}, ValueError, "≥ 1"),
+            ({"score": "margin"}, ValueError, "function of logits"),
+            ({"labelled": -1}, ValueError, "≥ 0"),
+        ],
+    ),
+    "ContinualMetrics": Case(
+        lambda: [gp.ReplaceFFN("swiglu"), Streamed(validate=True), gp.ContinualMetrics()],
+        bad=[
+            ({"every_task": 0}, ValueError, "≥ 1"),
+            ({"every_task": 1.5}, TypeError, "whole number"),
+            ({"joint": [0.9, 90.0]}, ValueError, "[0, 1]"),
+            ({"predict": "logits"}, TypeError, "function (module, batch)"),
+        ],
+    ),
+    "HeadMask": Case(
+        lambda: [Streamed(), gp.HeadMask()],
+        bad=[({"layers": "decoder.*"}, gp.PlugError, "finds no layer"), ({"layers": 3}, TypeError, "way to name layers")],
+    ),
+    "EWC": Case(
+        lambda: [gp.ReplaceFFN("swiglu"), Streamed(), gp.EWC(weight=10.0, samples=20)],
+        bad=[
+            ({"weight": -1.0}, ValueError, "≥ 0"),
+            ({"weight": "much"}, TypeError, "must be a number"),
+            ({"samples": 0}, ValueError, "≥ 1"),
+            ({"samples": 1.5}, TypeError, "whole number"),
+            ({"online": 1}, TypeError, "True or False"),
+            ({"online": True, "decay": 1.5}, ValueError, "[0, 1]"),
+            ({"decay": 0.5}, ValueError, "online=True"),
+            ({"fisher": "sample"}, ValueError, "Did you mean 'sampled'"),
+            ({"seed": 0.5}, TypeError, "whole number"),
+        ],
+    ),
+    "SynapticIntelligence": Case(
+        lambda: [gp.ReplaceFFN("swiglu"), Streamed(), gp.SynapticIntelligence(weight=1.0)],
+        bad=[
+            ({"weight": float("nan")}, ValueError, "finite"),
+            ({"xi": 0.0}, ValueError, "> 0"),
+            ({"xi": "small"}, TypeError, "must be a number"),
+        ],
+    ),
+    "MAS": Case(
+        lambda: [gp.ReplaceFFN("swiglu"), Streamed(), gp.MAS(weight=1.0, samples=20)],
+        bad=[
+            ({"weight": -1.0}, ValueError, "≥ 0"),
+            ({"samples": 0}, ValueError, "≥ 1"),
+            ({"accumulate": "means"}, ValueError, "Did you mean 'mean'"),
+        ],
+    ),
+    "Replay": Case(
+        lambda: [gp.ReplaceFFN("swiglu"), Streamed(), gp.Replay(samples=40, kind="der++")],
+        bad=[
+            ({"samples": 0}, ValueError, "≥ 1"),
+            ({"samples": 2.5}, TypeError, "whole number"),
+            ({"samples": 10, "batch_size": 11}, ValueError, "samples=10"),
+            ({"batch_size": 0}, ValueError, "1 …"),
+            ({"kind": "der"}, ValueError, "Did you mean"),
+            ({"alpha": -0.1}, ValueError, "≥ 0"),
+            ({"beta": float("inf")}, ValueError, "finite"),
+            ({"seed": None}, TypeError, "whole number"),
+        ],
     ),
     "GateMonitor": Case(
         lambda: [gp.ReplaceFFN("geglu"), gp.GateMonitor(every_n_steps=3)],

@@ -55,6 +55,13 @@ class GateON(TrainedContexts):
     room: ClassVar[str] = "continual"
     summary: ClassVar[str] = "learns one task after another without forgetting: gates for each, and what is needed is held back"
     paper: ClassVar[str] = "arXiv 2306.01690"
+    refuses: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("EWC", "SynapticIntelligence", "MAS"),
+            "its penalty would give the gates of other contexts a gradient, and both hold back what earlier tasks need: take one",
+        ),
+        "Replay": "samples of earlier tasks would run through the gates of the context that is being trained",
+    }
 
     def __init__(
         self,

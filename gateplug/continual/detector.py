@@ -47,6 +47,7 @@ class ContextDetector(Plug):
     summary: ClassVar[str] = "notices from the loss that the task has changed, and chooses the context of a GateON"
     paper: ClassVar[str] = "arXiv 2306.01690"
     attaches: ClassVar[bool] = False
+    refuses: ClassVar[dict[str, str]] = GateON.refuses
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class ContextDetector(Plug):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         found = next((c for c in callbacks if isinstance(c, GateON)), None)
         if found is None or callbacks.index(found) > callbacks.index(self):
-            raise PlugError("ContextDetector chooses the context of a GateON: put gp.GateON(…) before it in the callbacks")
+            raise PlugError("ContextDetector chooses the context of a GateON: put GateON before ContextDetector in the callbacks")
         self._gateon = found
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

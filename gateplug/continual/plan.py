@@ -84,7 +84,7 @@ def edits(module: nn.Module, units: list[Site], heads: list[Attention], sites: S
         if neuron:
             yield from _listened(module, site, gate)
             # one weight in two gated layers: what it is needed for adds up, and its availability is one
-            gate.availability = shared.setdefault(id(layer.weight), gate.availability)  # type: ignore[arg-type]
+            gate.availability = shared.setdefault(id(getattr(layer, "weight", layer)), gate.availability)  # type: ignore[arg-type]
         for name in (site.layer, *site.rows):
             own(gate, name, "", site.units)
         yield AddGate(site.layer, gate, what=f"{site.units} units, {site.activation} behind them")

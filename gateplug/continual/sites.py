@@ -50,6 +50,12 @@ def is_layer(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, CONVOLUTIONS)
 
 
+def is_product(module: nn.Module) -> bool:
+    """Whether a module gives the hidden units of a gated feed-forward, act(gate(x)) · up(x): one that a plug has put in."""
+    parts = {name: child for name, child in module.named_children() if is_linear(child)}
+    return set(parts) == {"gate", "up"} and widths(parts["gate"]) == widths(parts["up"])
+
+
 def units_of(layer: nn.Module) -> int:
     """Output units (channels) of a layer."""
     return layer.out_channels if isinstance(layer, CONVOLUTIONS) else widths(layer)[1]
@@ -75,6 +81,11 @@ def find_sites(module: nn.Module) -> Sites:
             block.first, block.hidden, block.slot, block.activation or "an activation",
             *(("", "") if held else (block.holder, block.attribute)),
         )  # fmt: skip
+    for name, part in module.named_modules():
+        if is_product(part):
+            branches = tuple(join(name, branch) for branch in ("gate", "up"))
+            width = units_of(part.get_submodule("gate"))
+            sites.units[name] = Site(name, width, name, "a gated product", rows=branches)
     sites.heads = find_attention(module)
     whole = None
     for name, part in _regions(module, net, root):
@@ -85,6 +96,7 @@ def find_sites(module: nn.Module) -> Sites:
         for site in _sites(seen, part, name, part is net):
             sites.units.setdefault(site.layer, site)
     inside = {n for attention in sites.heads.values() for n in attention.layers}
+    inside |= {n for site in sites.units.values() for n in site.rows}
     rest = [n for n, m in module.named_modules() if is_layer(m) and n not in sites.units and n not in inside]
     sites.readouts = [join(root, n) for n in whole.last] if whole is not None else rest[-1:]
     for name in rest:

@@ -33,7 +33,8 @@ class Halves(LightningDataModule):
         return [(0, len(self.loaders[stage]))]
 
     def task_batches(self, task: int) -> Any:
-        return self.loaders["train"]
+        used = self.loaders["train"]  # which is in the middle of an epoch: another one over the same samples
+        return gp.exact_loader(used.dataset.dataset, used.batch_size, shuffle=False)
 
     def train_dataloader(self) -> Any:
         return self.loaders["train"]
@@ -51,13 +52,16 @@ class Streamed(gp.Plug):
     room: ClassVar[str] = "continual"
     attaches: ClassVar[bool] = False
 
-    def __init__(self, head: str = "class") -> None:
-        self.head = head
+    def __init__(self, head: str = "class", validate: bool = False) -> None:
+        self.head, self.validate = head, validate
 
     def check(self, trainer: Any, module: Any) -> None:
-        loops = {"train": trainer.fit_loop, "val": trainer.validate_loop, "test": trainer.test_loop}
+        loops = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop, "test": trainer.test_loop}
         found = {name: loop._data_source.instance for name, loop in loops.items()}
         loaders = {name: data.loaders[name] if isinstance(data, Halves) else data for name, data in found.items()}
+        if self.validate and (loaders["val"] is None or loaders["val"] is module):
+            train = loaders["train"]
+            loaders["val"] = gp.exact_loader(train.dataset.dataset, train.batch_size, shuffle=False)
         trainer.datamodule = halves = Halves(loaders, self.head)
         for name, loop in loops.items():
             if loaders[name] is not None and loaders[name] is not module:
