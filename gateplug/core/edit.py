@@ -170,9 +170,13 @@ class SetAttribute:
 
     def fold(self, root: nn.Module) -> nn.Module:
         """The value stays, unless a training alone needs it; what stood there before is forgotten."""
+        layer = root.get_submodule(self.layer)
         if self.passing:
             self.undo(root)
-        root.get_submodule(self.layer).__dict__.pop(_HELD, None)
+        elif (held := layer.__dict__.get(_HELD)) is not None:
+            held.pop(self.attribute, None)
+            if not held:
+                del layer.__dict__[_HELD]
         return root
 
     def attached(self, root: nn.Module) -> nn.Module | None:
