@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from gateplug.continual.norms import ContextStatistics, batch_norms
-from gateplug.continual.plan import Options, chosen, edits, is_pretrained
+from gateplug.continual.plan import Options, chosen, edits
 from gateplug.continual.sites import find_sites
 from gateplug.continual.trained import TrainedContexts
 from gateplug.core.edit import AddModule, Edit
@@ -43,7 +43,7 @@ class GateON(TrainedContexts):
             convolutional layer with an activation behind it, and attention heads.
         heads: the read-out is `free`, or `obstructed` like the rest, weight by weight.
         others: hidden parameters that belong to no gated unit (output projections, embeddings, norms): `obstructed` weight by
-            weight, `frozen` or `free`; `auto`: frozen in a pretrained network, else obstructed.
+            weight, `frozen` or `free`; `auto`: frozen where `from_pretrained` has loaded them, else obstructed.
         bn: statistics of BatchNorm `per_context`, `shared` (with a warning), or `refuse` such a network.
         lr_scale: factor on the learning rate of the gates, ≥ 0.
 
@@ -131,15 +131,9 @@ class GateON(TrainedContexts):
         """A gate on each layer, a place for availability on the others, and statistics for each context on BatchNorms."""
         sites = find_sites(module)
         units, heads = chosen(layers, sites)
-        others = self.others
-        if others == "auto":
-            others = "frozen" if is_pretrained(module) else "obstructed"
-        if self.obstruct == "none" and others == "obstructed":
-            others = "free"
-        found = list(
-            edits(module, units, heads, sites, Options(self.relevance, self.contexts or 1, self.open_share, self.heads, others))
-        )
-        return [*found, *self._statistics(module)]
+        auto = "free" if self.obstruct == "none" else "obstructed"
+        options = Options(self.relevance, self.contexts or 1, self.open_share, self.heads, self.others, auto)
+        return [*edits(module, units, heads, sites, options), *self._statistics(module)]
 
     def _statistics(self, module: nn.Module) -> Iterable[Edit]:
         norms = batch_norms(module)
@@ -156,5 +150,7 @@ class GateON(TrainedContexts):
             )
         kept = norms if self.bn == "per_context" else {}
         return [
-            AddModule(name, ContextStatistics(norm), "contexts", "statistics for each context") for name, norm in kept.items()
+            AddModule(name, ContextStatistics(norm, self.contexts or 1), "contexts", "statistics for each context")
+            for name, norm in kept.items()
+            if not isinstance(getattr(norm, "contexts", None), ContextStatistics)  # another GateON's
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,17 @@ class Availability(nn.Module):
         self.register_buffer("committed", torch.ones(shape))
         self.register_buffer("draft", torch.ones(shape))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Availability:
+        # in half precision, steps of η = .01 from 1 would be lost: device moves count, dtypes do not
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in kept.items():
+            new = self._buffers[name]
+            assert new is not None
+            if new.dtype != old.dtype:
+                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
+        return self
 
     def step(self, relevance: Tensor, eta: float, reactivation: float) -> None:
         """Move the draft by the relevance of an optimizer step; one that is not finite is counted and left out."""
@@ -104,12 +116,12 @@ class ContextGate(Gate):
 
     def before_load(self, state: dict[str, Tensor], name: str) -> None:
         """Have as many rows as the checkpoint, and be in its contexts."""
-        if (now := state.get(f"{name}.contexts_now")) is not None:
+        if (now := state.get(f"{name}.contexts_now".lstrip("."))) is not None:
             self.trained, self.active, self.opened = now.tolist()
-        stored = sum(key.startswith(f"{name}.rows.") for key in state)
+        stored = sum(key.startswith(f"{name}.rows.".lstrip(".")) for key in state)
         while len(self.rows) < stored:
             self.grow()
-        if stored:
+        if 0 < stored < len(self.rows):
             self.rows = nn.ParameterList(list(self.rows)[:stored])
 
     def scale(self) -> Tensor:
@@ -205,25 +217,3 @@ class Heard(nn.Module):
         """Call it."""
         out: Tensor = self.function(x)
         return out
-
-
-class Guards(nn.Module):
-    """Availability of parameters that no gate stands for, elementwise, kept on the layer that has them.
-
-    Args:
-        layer: that has them.
-        shapes: name of a parameter of the layer -> its shape.
-        frozen: names of parameters that do not train at all.
-    """
-
-    def __init__(self, layer: nn.Module, shapes: dict[str, torch.Size], frozen: list[str]) -> None:
-        super().__init__()
-        self.layer = (layer,)  # no sub-module: it is this module's parent
-        self.frozen = frozen
-        self.of = nn.ModuleDict({f"of_{name}": Availability(shape) for name, shape in shapes.items()})
-
-    def availability(self, name: str) -> Availability:
-        """Of one parameter."""
-        found = self.of[f"of_{name}"]
-        assert isinstance(found, Availability)
-        return found

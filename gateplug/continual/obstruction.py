@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gateplug.continual.functional import parameter_relevance
-from gateplug.continual.layers import Availability
+from gateplug.continual.guards import Guards
+from gateplug.continual.layers import Availability, ContextGate
 
 
 class Guarded:
@@ -60,8 +61,9 @@ class Guarded:
 
     def obstruct_gradient(self) -> None:
         """The gradient times availability."""
-        if self._a is not None and self.parameter.grad is not None:
-            self.parameter.grad.mul_(self._a.to(self.parameter.grad))
+        p = self.parameter
+        if self._a is not None and p.grad is not None:
+            p.grad = p.grad * self._a.to(p) if p.grad.is_sparse else p.grad.mul_(self._a.to(p.grad))
 
     def remember(self) -> None:
         """Before the update."""
@@ -81,6 +83,40 @@ class Guarded:
             torch.where(self._zero, self._old, p, out=p)
 
 
+class Spread:
+    """From the availability of a gate's units to that of the rows of a parameter."""
+
+    def __init__(self, gate: ContextGate, part: str) -> None:
+        self.gate, self.part = gate, part
+
+    def __call__(self, availability: Tensor) -> Tensor:
+        """Of the rows."""
+        attention = self.gate.attention
+        return availability if attention is None else attention.rows(availability)[self.part]
+
+
+def guarded(gates: Iterable[ContextGate], guards: Iterable[Guards]) -> Iterator[Guarded]:
+    """What gates and guards of a model hold back."""
+    for gate in gates:
+        if gate.availability is not None:
+            for layer, name, part in gate.rows_of:
+                p = layer._parameters[name]
+                transposed = type(layer).__name__ == "Conv1D" and p is not None and p.dim() == 2
+                yield Guarded(layer, name, gate.availability, Spread(gate, part), transposed)
+    for guard in guards:
+        for key in guard.of:
+            name = key.removeprefix("of_")
+            yield Guarded(guard.layer[0], name, guard.availability(name))
+
+
+def _relevance(part: Guarded) -> Tensor | None:
+    p = part.parameter
+    if part.spread is not None or p.grad is None:
+        return None
+    grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+    return parameter_relevance(p.detach().float(), grad.float())
+
+
 class Obstruction:
     """All parameters that are held back, around the updates of an optimizer.
 
@@ -92,6 +128,7 @@ class Obstruction:
 
     def __init__(self, parts: Iterable[Guarded], kind: str) -> None:
         self.parts, self.kind = list(parts), kind
+        self._relevances: dict[Guarded, Tensor] = {}
 
     @torch.no_grad()
     def prepare(self, optimizer: Optimizer | None = None) -> None:
@@ -106,12 +143,22 @@ class Obstruction:
                 optimizer.state.pop(part.parameter, None)
 
     @torch.no_grad()
+    def read(self) -> None:
+        """Take the relevance of what is guarded elementwise from the gradients as they are now, before they are cut off."""
+        self._relevances = {part: r for part in self.parts if (r := _relevance(part)) is not None}
+
+    def forget(self) -> None:
+        """What was read does not count."""
+        self._relevances = {}
+
+    @torch.no_grad()
     def measure(self, eta: float, reactivation: float) -> None:
-        """Step the availability of what is guarded elementwise, by the gradients in place."""
+        """Step the availability of what is guarded elementwise, by what was read, or else by the gradients in place."""
         for part in self.parts:
-            p = part.parameter
-            if part.spread is None and p.grad is not None:
-                part.availability.step(parameter_relevance(p.detach().float(), p.grad.float()), eta, reactivation)
+            relevance = self._relevances.pop(part, None) if self._relevances else _relevance(part)
+            if relevance is not None:
+                part.availability.step(relevance, eta, reactivation)
+        self.forget()
 
     @torch.no_grad()
     def before(self) -> None:

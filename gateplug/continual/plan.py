@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from gateplug.continual.attention import Attention
-from gateplug.continual.layers import Availability, ContextGate, Guards, HeadGate, Heard
+from gateplug.continual.guards import Guards
+from gateplug.continual.layers import Availability, ContextGate, HeadGate, Heard
 from gateplug.continual.sites import Site, Sites, is_layer, trailing_of, units_of
 from gateplug.core.edit import AddGate, AddModule, Edit, SetAttribute
 from gateplug.core.errors import PlugError, listed
@@ -25,6 +26,8 @@ class Options(NamedTuple):
     open_share: float
     heads: str
     others: str
+    auto: str
+    """What others='auto' means for what was not loaded from a checkpoint."""
 
 
 def chosen(layers: Mapping[str, nn.Module], sites: Sites) -> tuple[list[Site], list[Attention]]:
@@ -60,8 +63,9 @@ def edits(module: nn.Module, units: list[Site], heads: list[Attention], sites: S
         PlugError: the activation behind a layer cannot be listened to.
     """
     neuron = options.relevance == "neuron"
-    shared: dict[int, Availability] = {}
+    shared: dict[nn.Parameter, Availability] = {}
     owned: set[int] = set()
+    taken = _taken(module)
     elements: dict[str, list[str]] = {}
 
     def own(gate: ContextGate, layer: str, part: str, rows: int) -> None:
@@ -72,6 +76,11 @@ def edits(module: nn.Module, units: list[Site], heads: list[Attention], sites: S
             transposed = type(module.get_submodule(layer)).__name__ == "Conv1D" and p.dim() == 2
             if p.dim() == 0 or p.shape[1 if transposed else 0] != rows:
                 continue
+            if id(p) in taken:
+                raise PlugError(
+                    f"another GateON holds {layer}.{name} back already. Give one GateON all layers, or both layers of their own, "
+                    "the first one with others='free'"
+                )
             owned.add(id(p))
             if neuron:
                 gate.rows_of.append((module.get_submodule(layer), name, part))
@@ -84,7 +93,9 @@ def edits(module: nn.Module, units: list[Site], heads: list[Attention], sites: S
         if neuron:
             yield from _listened(module, site, gate)
             # one weight in two gated layers: what it is needed for adds up, and its availability is one
-            gate.availability = shared.setdefault(id(getattr(layer, "weight", layer)), gate.availability)  # type: ignore[arg-type]
+            weight = layer._parameters.get("weight")  # none of its own where it is computed (weight_norm …)
+            if weight is not None and gate.availability is not None:
+                gate.availability = shared.setdefault(weight, gate.availability)
         for name in (site.layer, *site.rows):
             own(gate, name, "", site.units)
         yield AddGate(site.layer, gate, what=f"{site.units} units, {site.activation} behind them")
@@ -95,13 +106,15 @@ def edits(module: nn.Module, units: list[Site], heads: list[Attention], sites: S
             wide = attention.width * (attention.heads if name == attention.query else attention.groups)
             own(gate, name, name, 3 * wide if attention.key is None else wide)
         yield AddGate(attention.out, gate, what=f"{attention.heads} heads of {attention.width}")
-    yield from _others(module, sites, options, owned, elements)
+    yield from _others(module, sites, options, owned | taken, elements)
 
 
 def _gate(
     module: nn.Module, name: str, kind: type[ContextGate], units: int, trailing: int, repeat: int, options: Options
 ) -> ContextGate:
-    first = next(module.parameters())
+    first = next(module.get_submodule(name).parameters())
+    if first.is_meta:
+        raise PlugError(f"{name} is on the meta device: attach GateON after its weights are made, e.g. in configure_model")
     with seeded(name, first):
         seed = int(torch.randint(2**62, ()))
     gate = kind(units, options.contexts, options.open_share, seed, trailing, repeat, options.relevance == "neuron")
@@ -118,7 +131,7 @@ def _listened(module: nn.Module, site: Site, gate: ContextGate) -> Iterator[Edit
     if site.attribute:
         heard = Heard(getattr(module.get_submodule(site.holder), site.attribute))
         gate.reads = (heard,)
-        yield SetAttribute(site.holder, site.attribute, heard)
+        yield SetAttribute(site.holder, site.attribute, heard, passing=True)
     elif site.reads != site.layer:
         gate.reads = (module.get_submodule(site.reads),)
 
@@ -133,16 +146,23 @@ def _others(module: nn.Module, sites: Sites, options: Options, owned: set[int], 
             continue
         read_out = any(f"{layer}.".startswith(f"{n}.") for n in sites.readouts)
         what = options.heads if read_out else options.others
+        if what == "auto":
+            what = "frozen" if is_pretrained(p) else options.auto
         if what in ("obstructed", "frozen"):
             (elements if what == "obstructed" else frozen).setdefault(layer, []).append(name)
     for layer in dict.fromkeys([*elements, *frozen]):
-        held = module.get_submodule(layer)
-        shapes = {name: held._parameters[name].shape for name in elements.get(layer, [])}  # type: ignore[union-attr]
-        what = "frozen" if layer in frozen else "held back weight by weight"
-        yield AddModule(layer, Guards(held, shapes, frozen.get(layer, [])), "guards", what)
+        held, still = elements.get(layer, []), frozen.get(layer, [])
+        what = " and ".join(text for text, names in (("held back weight by weight", held), ("frozen", still)) if names)
+        yield AddModule(layer, Guards(module.get_submodule(layer), held, still), "guards", what)
 
 
-def is_pretrained(module: nn.Module) -> bool:
-    """Whether there is a network in it that was loaded from a checkpoint of Hugging Face's."""
-    configs: Iterable[object] = (getattr(m, "config", None) for m in module.modules())
-    return any(getattr(config, "_name_or_path", None) for config in configs)
+def _taken(module: nn.Module) -> set[int]:
+    """Parameters that another GateON holds back or freezes."""
+    rows = [(m, name) for g in module.modules() if isinstance(g, ContextGate) for m, name, _ in g.rows_of]
+    weights = [(g.layer[0], name) for g in module.modules() if isinstance(g, Guards) for name in g.names]
+    return {id(layer._parameters[name]) for layer, name in (*rows, *weights)}
+
+
+def is_pretrained(parameter: nn.Parameter) -> bool:
+    """Whether `from_pretrained` of Hugging Face has loaded it; new heads are made beside, and a config alone loads nothing."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))

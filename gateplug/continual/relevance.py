@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gateplug.continual.layers import ContextGate, HeadGate
+from gateplug.continual.layers import Availability, ContextGate, HeadGate
+from gateplug.core.hook import TrainingHook
 from gateplug.core.processes import world_size
 
 
@@ -35,15 +37,17 @@ class Listener:
         self._sums: dict[ContextGate, Tensor] = {}
         self._rows: dict[ContextGate, Tensor | int] = {}
         self._waiting: dict[nn.Module, deque[ContextGate]] = {}
+        self._run = -1
         self._handles: list[RemovableHandle] = []
+        self._warned = False
         for gate, reads in gates:
             if reads is None:
-                self._handles.append(gate.register_forward_hook(self._gated))
+                self._handles.append(gate.register_forward_hook(TrainingHook(self._gated)))
             else:
-                self._handles.append(gate.register_forward_hook(partial(self._expect, reads)))
+                self._handles.append(gate.register_forward_hook(TrainingHook(partial(self._expect, reads))))
                 if reads not in self._waiting:
                     self._waiting[reads] = deque()
-                    self._handles.append(reads.register_forward_hook(self._activated))
+                    self._handles.append(reads.register_forward_hook(TrainingHook(self._activated)))
 
     def remove(self) -> None:
         """Listen no more."""
@@ -53,6 +57,9 @@ class Listener:
     def forget(self) -> None:
         """A step begins: nothing was read."""
         self._sums, self._rows = {}, {}
+        self._clear()
+
+    def _clear(self) -> None:
         for queue in self._waiting.values():
             queue.clear()
 
@@ -63,10 +70,12 @@ class Listener:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _expect(self, reads: nn.Module, gate: ContextGate, args: Any, out: Tensor) -> None:
         # one activation module may serve several layers: the gates that have run wait for it in their order
-        queue = self._waiting[reads]
-        queue.append(gate)
-        if not gate.training:
-            queue.clear()
+        run = torch._C._current_graph_task_id()
+        if run != self._run:  # a backward that ran layers again may have stopped between a gate and its activation
+            self._run = run
+            self._clear()
+        if gate.training:
+            self._waiting[reads].append(gate)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _activated(self, activation: nn.Module, args: Any, out: Tensor) -> None:
@@ -77,25 +86,36 @@ class Listener:
     def _hear(self, gate: ContextGate, h: Tensor) -> None:
         # of a layer that activation checkpointing runs twice, one run has no gradient or is not what backward goes through
         if gate.training and h.requires_grad:
-            h.register_hook(partial(self._take, gate, h.detach()))  # type: ignore[no-untyped-call]
+            h.register_hook(partial(self._take, gate, h.detach(), h._version))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def _take(self, gate: ContextGate, h: Tensor, grad: Tensor) -> None:
+    def _take(self, gate: ContextGate, h: Tensor, version: int, grad: Tensor) -> None:
+        if h._version != version and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "GateON: an activation was changed in place after it was read, so the relevance of its units is not exact. Do "
+                "without inplace=True and += there",
+                stacklevel=2,
+            )
         product = h.float() * grad.float()
         if isinstance(gate, HeadGate):
             product = product.reshape(*product.shape[:-1], gate.units, gate.repeat).sum(-1)
         if gate.trailing:
-            product = product.movedim(-1 - gate.trailing, -1)
+            # (B, n, …), also where positions were flattened into the units: (B, n · …)
+            product = product.reshape(len(h), gate.units, -1).movedim(1, -1)
         squares = product.square_()
         rows: Tensor | int = squares[..., 0].numel()
         if self.mask is not None and not gate.trailing and squares.shape[:-1] == self.mask.shape:
             squares, rows = squares * self.mask[..., None].to(squares), self.mask.sum()
-        total = squares.flatten(0, -2).sum(0) * (self.samples or len(h)) ** 2
+        total = squares.reshape(-1, gate.units).sum(0) * (self.samples or len(h)) ** 2
         self._sums[gate] = self._sums[gate] + total if gate in self._sums else total
         self._rows[gate] = self._rows.get(gate, 0) + rows
 
-    def take(self) -> dict[ContextGate, Tensor]:
-        """Relevance (n,) of the units of each gate over all batches and processes of the step; then nothing is read any more."""
+    def take(self) -> dict[Availability, Tensor]:
+        """Relevance (n,) of the units of each gate over all batches and processes of the step; then nothing is read any more.
+
+        Of gates with one weight, and so one availability, it is the sum.
+        """
         parts = [torch.zeros(gate.units + 1, device=gate.origin.device) for gate in self.gates]
         for gate, part in zip(self.gates, parts, strict=True):
             if gate in self._sums:
@@ -106,4 +126,9 @@ class Listener:
             dist.all_reduce(flat)
             parts = list(torch.split(flat, [len(part) for part in parts]))
         self.forget()
-        return {gate: part[:-1] / part[-1].clamp_min(1) for gate, part in zip(self.gates, parts, strict=True)}
+        found: dict[Availability, Tensor] = {}
+        for gate, part in zip(self.gates, parts, strict=True):
+            assert gate.availability is not None
+            relevance = part[:-1] / part[-1].clamp_min(1)
+            found[gate.availability] = found.get(gate.availability, 0) + relevance
+        return found

@@ -131,6 +131,8 @@ def _sites(seen: Trace, part: nn.Module, name: str, whole: bool) -> Iterator[Sit
         if whole and found.layer in seen.last:  # a read-out with an activation of its own (a sigmoid)
             continue
         layer = part.get_submodule(found.layer)
+        if not is_layer(layer):  # a transposed convolution
+            continue
         reads = None if found.reads is None else join(name, found.reads)
         rows = tuple(join(name, other) for other in found.rows)
         yield Site(join(name, found.layer), units_of(layer), reads, found.activation, rows=rows)

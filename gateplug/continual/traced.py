@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +63,7 @@ def trace(module: nn.Module) -> Trace | None:
     """Follow the layers of a module, or None where its forward cannot be followed without running it."""
     activations = {m for m in module.modules() if is_activation(m)}
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _untouched(module):
             graph = _Tracer(activations).trace(module)
     except Exception:  # whatever a forward makes of stand-ins for tensors
         return None
@@ -77,6 +79,24 @@ def trace(module: nn.Module) -> Trace | None:
             seen.followed.append(found)
     seen.last = _last(graph, parts)
     return seen
+
+
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """A forward may keep what it saw in an attribute, or count in a buffer: afterwards all is as it was."""
+    kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    values = [(b, b._version, b.clone()) for m in module.modules() for b in m._buffers.values() if b is not None]
+    try:
+        yield
+    finally:
+        for m, attributes, buffers in kept:
+            for name in set(m.__dict__) - set(attributes):
+                del m.__dict__[name]
+            m.__dict__.update(attributes)
+            m._buffers.update(buffers)
+        for buffer, version, value in values:
+            if buffer._version != version:
+                buffer.copy_(value)
 
 
 def _layer(module: nn.Module) -> bool:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gateplug.continual.contexts import Contexts
+from gateplug.continual.norms import batch_norms
 from gateplug.continual.report import Usage, draw_contexts, show
 from gateplug.core.errors import PlugError
 from gateplug.core.objective import batch_size
 from gateplug.core.processes import world_size
 from gateplug.core.stream import Stage, batch_task, eval_task, stream_of
 
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Where DDP looks."""
+
 
 class TrainedContexts(Contexts):
     """What :class:`GateON` does from the start of a fit to its end."""
 
     _usage: Usage
+    _ignored: list[str] = []  # noqa: RUF012  # never changed in place
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Refuse what would make the method wrong."""
@@ -37,16 +44,42 @@ class TrainedContexts(Contexts):
                 f"GateON holds whole parameters back, and {type(trainer.strategy).__name__} cuts them into pieces: use one "
                 "device, or ddp"
             )
+        norms = list(batch_norms(module))
+        if norms and getattr(trainer.strategy, "_layer_sync", None) is not None:
+            raise PlugError(
+                f"Trainer(sync_batchnorm=True) replaces {norms[0]} after GateON was attached. Convert the network yourself "
+                "before, by torch.nn.SyncBatchNorm.convert_sync_batchnorm, and leave the argument out"
+            )
+        averaging = [type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]  # type: ignore[attr-defined]
+        if averaging and self.contexts is None:
+            raise PlugError(
+                f"{averaging[0]} has a copy of the model, which does not grow: say GateON(contexts=N), with gates for all from "
+                "the start"
+            )
+        if averaging and norms and self.bn == "per_context":
+            raise PlugError(
+                f"{averaging[0]} would average the statistics of {norms[0]} over contexts: use a norm without running statistics"
+            )
 
     def _enter(self, module: LightningModule, stage: str) -> None:
         super()._enter(module, stage)
-        if stage != "fit":
-            return
-        # DDP waits for every parameter it knows; rows of other contexts have no part in a step, and new ones it never knows
-        self._frozen.keep(g.layer[0].get_parameter(name) for g in self._guards for name in g.frozen)
+        if stage == "fit":
+            self._before_ddp(module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The weights were loaded: there may be more contexts, and other parameters may be frozen."""
+        if trainer.state.fn == "fit":
+            self._before_ddp(pl_module)
+
+    def _before_ddp(self, module: nn.Module) -> None:
+        """DDP waits for every parameter it knows; rows of other contexts have no part in a step, and new ones it never knows."""
+        self._frozen.release()
+        self._freeze()
         parts = {id(t) for m in (*self._gates, *self._guards, *self._norms) for t in (*m.parameters(), *m.buffers())}
         names = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if id(t) in parts]
-        module.__dict__["_ddp_params_and_buffers_to_ignore"] = names
+        own: list[str] = module.__dict__.setdefault(_IGNORED, [])
+        self._ignored = [name for name in names if name not in own]
+        module.__dict__[_IGNORED] = [*own, *self._ignored]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stand around the optimizer."""
@@ -82,10 +115,16 @@ class TrainedContexts(Contexts):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         task = batch_task(batch)
         if task is not None and not self._led and stream_of(trainer) is None:
-            self.enter(trainer, pl_module, self._context_of.setdefault(task, self._next()))
+            context = self._context_of.setdefault(task, self._next())
+            if context != self.context and batch_idx % trainer.accumulate_grad_batches:
+                raise PlugError(
+                    f"task {task} begins at batch {batch_idx}, in the middle of accumulate_grad_batches="
+                    f"{trainer.accumulate_grad_batches}: one update would mix two contexts"
+                )
+            self.enter(trainer, pl_module, context)
         self.show(pl_module, self.context)
         if self._listener is not None:
-            mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             self._listener.mask = mask if isinstance(mask, Tensor) else None
             self._listener.samples = batch_size(batch)
 
@@ -93,15 +132,23 @@ class TrainedContexts(Contexts):
         """A step begins: what a step that was skipped has left is forgotten."""
         self.forget()
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Relevance of weights is that of the gradient before values are cut off; a factor on all of it does not matter."""
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+            self._obstruction.read()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gates are not in DDP's buckets: their gradient is averaged here, once a step."""
         if world_size() > 1 and not trainer.fit_loop._should_accumulate():
-            for gate in self._gates:
-                row = gate.rows[gate.active]
+            rows = [gate.rows[gate.trained] for gate in self._gates]
+            for row in rows:
                 if row.grad is None:
                     row.grad = torch.zeros_like(row)
-                dist.all_reduce(row.grad)
-                row.grad /= world_size()
+            grads = [row.grad for row in rows if row.grad is not None]
+            flat = torch.cat(grads)
+            dist.all_reduce(flat)
+            for grad, mean in zip(grads, torch.split(flat / world_size(), [len(grad) for grad in grads]), strict=True):
+                grad.copy_(mean)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how much is used, and draw the gates of all contexts."""
@@ -175,5 +222,7 @@ class TrainedContexts(Contexts):
     def _release(self, module: nn.Module) -> None:
         super()._release(module)
         self.unfollow()
-        self._frozen.release()
-        module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+        left = [name for name in module.__dict__.pop(_IGNORED, ()) if name not in self._ignored]
+        if left:  # the user's, or another plug's
+            module.__dict__[_IGNORED] = left
+        self._ignored = []

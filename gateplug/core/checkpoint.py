@@ -14,7 +14,6 @@ from torch import nn
 
 from gateplug.core.arguments import decode, resolve
 from gateplug.core.errors import PlugError, listed
-from gateplug.core.gate import Reshaped
 from gateplug.core.record import all_records
 from gateplug.core.wrap import unwrap, wrap
 
@@ -65,11 +64,6 @@ class _Loading:
 
     def __call__(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         check_plugs(self.module, checkpoint)
-        for record in all_records(self.module):
-            for name, attached in record.attached():
-                for part, module in attached.named_modules(prefix=name):
-                    if isinstance(module, Reshaped):
-                        module.before_load(checkpoint["state_dict"], part)
         inner(checkpoint)
 
 

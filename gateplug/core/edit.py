@@ -135,6 +135,8 @@ class SetAttribute:
     what: str = ""
     shared: bool = False
     """Several plugs may need the same flag; it goes back to what it was when the last of them is detached."""
+    passing: bool = False
+    """A training alone needs it: a fold takes it back."""
 
     @property
     def slot(self) -> str:
@@ -167,8 +169,14 @@ class SetAttribute:
         setattr(layer, self.attribute, value)
 
     def fold(self, root: nn.Module) -> nn.Module:
-        """The value stays; what stood there before is forgotten."""
-        root.get_submodule(self.layer).__dict__.pop(_HELD, None)
+        """The value stays, unless a training alone needs it; what stood there before is forgotten."""
+        layer = root.get_submodule(self.layer)
+        if self.passing:
+            self.undo(root)
+        elif (held := layer.__dict__.get(_HELD)) is not None:
+            held.pop(self.attribute, None)
+            if not held:
+                del layer.__dict__[_HELD]
         return root
 
     def attached(self, root: nn.Module) -> nn.Module | None:

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from gateplug.core.edit import AddGate
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.gate import Foldable, Folded, Gate
+from gateplug.core.hook import drop_training_hooks
 from gateplug.core.objective import Objective
 from gateplug.core.record import all_records, forget
 from gateplug.core.strip import strip
@@ -38,6 +39,7 @@ def fold(module: nn.Module) -> nn.Module:
         PlugError: a LightningModule without a forward of its own holds parameters in several sub-modules.
     """
     folded = copy.deepcopy(_without_run(module))
+    drop_training_hooks(folded)
     records = all_records(folded)
     gates: dict[type[Gate], list[Folded]] = {}
     # from the last to the first: of several gates on a layer, the one that came first stays next to it

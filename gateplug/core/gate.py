@@ -52,6 +52,11 @@ class Reshaped(nn.Module):
             name: this module's name in it.
         """
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # torch asks a module before its children, so what grows here is loaded
+        self.before_load(state_dict, prefix.removesuffix("."))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class Gate(Foldable, Reshaped):
     """Base of every gate.

@@ -157,10 +157,17 @@ def _localise(model: nn.Module, edit: Edit) -> list[tuple[nn.Module, Edit]]:
     return [(parent, replace(edit, layer=name)) for parent, name in slots]
 
 
+def _two_gates(one: Edit, other: Edit) -> bool:
+    """Gates of two methods, which may stand on one layer."""
+    return isinstance(one, AddGate) and isinstance(other, AddGate) and one.gate.room != other.gate.room
+
+
 def _check_free(module: nn.Module, local: Edit, edit: Edit, plug: str, key: str) -> None:
     if isinstance(local, SetAttribute) and local.shared:
         return
     for other in module.__dict__.get(_SLOT, ()):
+        if _two_gates(local, other.edit):  # the second takes the name of its room
+            continue
         if other.key != key and other.edit.slot == local.slot:
             raise PlugError(
                 f"{plug} and {other.plug} both change {edit.slot!r}: give them different layers with `layers=`, or leave one out"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -130,7 +130,7 @@ class TaskPlug(Plug):
 
 def batch_task(batch: Any) -> int | None:
     """The task that a batch names itself, as a mapping's entry `task`; None where it does not."""
-    found = batch.get("task") if isinstance(batch, dict) else None
+    found = batch.get("task") if isinstance(batch, Mapping) else None
     if isinstance(found, torch.Tensor):
         found = found.flatten()[0].item() if found.numel() else None
     return None if found is None else int(found)

@@ -25,6 +25,7 @@ class AroundUpdate:
 
     def __init__(self, optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> None:
         self._before, self._after = before, after
+        self._skipped = False
         self._handles = [
             optimizer.register_step_pre_hook(self._pre),
             optimizer.register_step_post_hook(self._post),
@@ -36,6 +37,11 @@ class AroundUpdate:
             self._handles.pop().remove()
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # an optimizer that unscales by itself (fused) is called also where it will skip, and has been told so
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf)
+        if self._skipped:
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before()
@@ -49,7 +55,8 @@ class AroundUpdate:
         return args[:1], {**kwargs, "closure": then_before}
 
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._after()
+        if not self._skipped:
+            self._after()
 
 
 def insert_parameter(optimizer: Optimizer, new: nn.Parameter, after: nn.Parameter, name: str | None = None) -> None:
