@@ -55,9 +55,7 @@ class Replace:
         root.get_submodule(parent)._modules[name] = module
 
     def fold(self, root: nn.Module) -> nn.Module:
-        """Make it permanent, without anything that only a plug needs; returns what stands in the place of `root`."""
-        if isinstance(self.new, Gate):
-            self._put(root, self.new.folded())
+        """It stays. What has a plainer form takes it at the end of a fold, with whatever stands on it by then."""
         return root
 
     def attached(self, root: nn.Module) -> nn.Module:

@@ -63,6 +63,7 @@ class Streamed(gp.Plug):
             train = loaders["train"]
             loaders["val"] = gp.exact_loader(train.dataset.dataset, train.batch_size, shuffle=False)
         trainer.datamodule = halves = Halves(loaders, self.head)
+        halves.trainer = trainer
         for name, loop in loops.items():
             if loaders[name] is not None and loaders[name] is not module:
                 loop._data_source.instance = halves
