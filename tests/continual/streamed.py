@@ -59,7 +59,7 @@ class Streamed(gp.Plug):
         loops = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop, "test": trainer.test_loop}
         found = {name: loop._data_source.instance for name, loop in loops.items()}
         loaders = {name: data.loaders[name] if isinstance(data, Halves) else data for name, data in found.items()}
-        if self.validate and (loaders["val"] is None or loaders["val"] is module):
+        if self.validate and loaders["train"] is not module and (loaders["val"] is None or loaders["val"] is module):
             train = loaders["train"]
             loaders["val"] = gp.exact_loader(train.dataset.dataset, train.batch_size, shuffle=False)
         trainer.datamodule = halves = Halves(loaders, self.head)
