@@ -16,11 +16,11 @@ from gateplug.continual.layers import Availability
 from tests.modules import trainer
 
 
-def dense(bn: bool = False, hidden: int = 24) -> nn.Sequential:
+def dense(bn: bool = False, hidden: int = 24, second: int = 16) -> nn.Sequential:
     """Two hidden layers, with a BatchNorm behind the first if asked for."""
     norm = [nn.BatchNorm1d(hidden)] if bn else []
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, hidden), *norm, nn.ReLU(), nn.Linear(hidden, 16), nn.ReLU(), nn.Linear(16, 10)
+        nn.Flatten(), nn.Linear(64, hidden), *norm, nn.ReLU(), nn.Linear(hidden, second), nn.ReLU(), nn.Linear(second, 10)
     )
 
 
