@@ -62,6 +62,7 @@ class ContextStatistics(Reshaped):
             kept = getattr(self, name)
             kept[1 + old] = value
             value.copy_(kept[1 + new])
+            kept[1 + new] = kept[0]  # what is in the layer is nowhere else: the state does not tell what was shown in between
 
     @torch.no_grad()
     def agree(self) -> None:
