@@ -18,7 +18,7 @@ _BESIDE = (
 )
 _HOLDING = ("EWC", "SynapticIntelligence", "MAS")
 _FOLLOWING = (*_HOLDING, "Replay", "ContinualMetrics", "HeadMask")
-_TWO_WAYS = "both hold back what earlier tasks need, and a penalty would move the gates of other contexts: take one"
+_TWO_WAYS = "both hold back what earlier tasks need, each in its way: take one"
 
 CELLS: dict[frozenset[str], str] = {
     frozenset({"ReplaceFFN", "ReplaceActivation"}): _SAME_BLOCK,
@@ -55,6 +55,7 @@ CELLS: dict[frozenset[str], str] = {
     },
     frozenset({"GateON", "ContextDetector"}): f"{TOGETHER}, GateON first",
     frozenset({"GateON", "ReplaceFFN"}): f"{TOGETHER}, ReplaceFFN first",
+    frozenset({"GateON", "ReplaceActivation"}): f"{TOGETHER}, ReplaceActivation first",
     frozenset({"GateON", "Upcycle"}): "both take over a feed-forward: give them different layers",
     frozenset({"Replay", "EarlyExit"}): "exits listen to one forward a step",
 }

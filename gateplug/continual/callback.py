@@ -58,7 +58,7 @@ class GateON(TrainedContexts):
     refuses: ClassVar[dict[str, str]] = {
         **dict.fromkeys(
             ("EWC", "SynapticIntelligence", "MAS"),
-            "its penalty would give the gates of other contexts a gradient, and both hold back what earlier tasks need: take one",
+            "both hold back what earlier tasks need, each in its way: take one",
         ),
         "Replay": "samples of earlier tasks would run through the gates of the context that is being trained",
     }

@@ -14,10 +14,11 @@ from gateplug.continual.layers import Availability, ContextGate
 from gateplug.continual.norms import ContextStatistics
 from gateplug.continual.obstruction import Obstruction, guarded
 from gateplug.continual.relevance import Listener
-from gateplug.core.errors import PlugError
+from gateplug.core.errors import PlugError, listed
 from gateplug.core.frozen import Frozen
 from gateplug.core.optim import check_trained
 from gateplug.core.processes import world_size
+from gateplug.core.record import all_records
 from gateplug.core.stream import TaskPlug
 from gateplug.core.update import AroundUpdate, insert_parameter
 
@@ -196,9 +197,11 @@ class Contexts(TaskPlug):
 
     def _heard(self, module: nn.Module, gate: ContextGate) -> nn.Module | None:
         if gate.reads and all(m is not gate.reads[0] for m in module.modules()):
+            keys = {record.key: record.plug for record in all_records(module)}
+            later = [plug for key, plug in keys.items() if list(keys).index(key) > list(keys).index(self.state_key)]
             raise PlugError(
                 f"GateON reads the activations of {self._names[gate]} from a {type(gate.reads[0]).__name__} that was replaced "
-                "since: attach GateON after the plug that replaces it"
+                f"since: put {listed(later)} before GateON in the list of callbacks"
             )
         return gate.reads[0] if gate.reads else None
 
