@@ -69,6 +69,7 @@ class ContextGate(Gate):
         units: of the layer, n.
         contexts: rows to begin with, ≥ 1.
         open_share: share of the units that a new context starts with open, in (0, 1): G ~ N(μ, 1) with P(G > 0) = open_share.
+            One is open in any case.
         seed: of the rows.
         trailing: dimensions behind the units: 0 for (B, …, n), 2 for images (B, n, h, w).
         repeat: numbers of a unit side by side in that dimension: the width of an attention head, 1 for a neuron.
@@ -104,6 +105,8 @@ class ContextGate(Gate):
         generator = torch.Generator().manual_seed((int(self.origin) + 7919 * len(self.rows)) % 2**63)  # the CPU's, wherever it is
         centre = torch.special.ndtri(torch.tensor(self.open_share, dtype=torch.float64)).float()
         row = torch.randn(self.units, generator=generator) + centre
+        if not (row > 0).any():  # likely for a few heads: no unit would ever open, as a closed gate has no gradient
+            row[row.argmax()].abs_()
         like = self.rows[0] if len(self.rows) else self.origin
         new = nn.Parameter(row.to(like.device, like.dtype if like.is_floating_point() else torch.float32))
         self.rows.append(new)

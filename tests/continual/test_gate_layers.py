@@ -20,6 +20,7 @@ from gateplug.continual.functional import gate
 from gateplug.continual.guards import Guards
 from gateplug.continual.layers import Availability, ContextGate, HeadGate
 from gateplug.continual.norms import ContextStatistics
+from gateplug.core.edit import AddGate
 from tests.continual.test_sites import TEXT, FunctionalMLP, cnn
 from tests.plugs import ToyPlug
 
@@ -31,6 +32,7 @@ def mlp() -> nn.Sequential:
 
 def attached(net: nn.Module, opened: int = 3, **arguments: Any) -> gp.GateON:
     """A plug on a network in which so many contexts were opened."""
+    torch.manual_seed(0)  # gates are a function of it
     plug = gp.GateON(**arguments)
     plug.attach(net)
     for context in range(1, opened):
@@ -75,6 +77,14 @@ def test_open_share_is_the_share_of_units_that_start_open(share: float) -> None:
     row = ContextGate(20_000, 1, share, seed=1).rows[0]
     # standard error √(.25 / 20,000) = .0035
     assert abs(float((row > 0).float().mean()) - share) < 0.011
+
+
+def test_a_context_starts_with_at_least_one_unit_open() -> None:
+    few = ContextGate(2, 40, 0.05, seed=1)  # 90 % of the contexts would have none
+    assert all((row > 0).any() for row in few.rows)
+    few.place(0, 0)
+    assert few.scale().isfinite().all()
+    assert few.scale().any()
 
 
 def test_a_row_is_a_function_of_the_gate_and_the_context_not_of_when_it_came() -> None:
@@ -144,6 +154,10 @@ def test_new_contexts_begin_with_the_statistics_of_a_pretrained_network() -> Non
     plug = attached(net, 1)
     disturb(net)
     plug.switch(net, 1)
+    assert torch.equal(net[1].running_mean, before)
+    disturb(net)
+    plug.switch(net, 0)
+    plug.switch(net, 2)
     assert torch.equal(net[1].running_mean, before)
 
 
@@ -320,6 +334,33 @@ def test_folds_an_activation_that_is_a_function() -> None:
     assert gp.fold(net)[0].activation is F.gelu
     plug.detach(net)
     assert repr(net) == text
+
+
+class Shift(gp.Gate):
+    """Does not commute with what multiplies."""
+
+    room = "toy"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class ShiftPlug(ToyPlug):
+    def plan(self, module: nn.Module, layers: Any) -> Any:
+        return [AddGate(n, Shift(), what="shift") for n in layers]
+
+    def terms(self, module: nn.Module) -> dict[str, Tensor]:
+        return {}
+
+
+@pytest.mark.parametrize("first", ["gateon", "shift"])
+def test_folds_gates_in_the_order_in_which_they_were_put_on(first: str) -> None:
+    net = mlp()
+    plug, shift = gp.GateON(), ShiftPlug(layers="3")
+    for p in (plug, shift) if first == "gateon" else (shift, plug):
+        p.attach(net)
+    x = torch.randn(4, 8)
+    assert torch.allclose(gp.fold(net)(x), net.eval()(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("first", ["gateon", "toy"])

@@ -192,6 +192,19 @@ def test_evaluation_in_between_changes_nothing(tmp_path: Path) -> None:
     bits(*runs)
 
 
+def test_what_somebody_shows_between_batches_does_not_matter(tmp_path: Path) -> None:
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            plug.show(pl_module, 0)
+
+    runs = []
+    for callbacks in ([], [Look()]):
+        plug = gp.GateON()
+        runs.append(train([plug, *callbacks], tmp_path, seeded(lambda: Learner(dense(bn=True)))))
+        plug.show(runs[-1], 2)
+    bits(*runs)
+
+
 def test_each_task_is_evaluated_in_its_context(tmp_path: Path) -> None:
     plug, data = gp.GateON(), stream(3, 3)
     seen: dict[str, list[int]] = {"val": [], "test": []}

@@ -181,6 +181,11 @@ def test_the_update_is_blended_as_the_formula_says(seed: int) -> None:
         loop.net.a.weight.copy_(new)
         guarded.blend()
     assert torch.equal(loop.net.a.weight, blend_update(old, new, a))
+    guarded.remember()
+    with torch.no_grad():  # 0 · ∞ is no number
+        loop.net.a.weight.fill_(float("inf"))
+        guarded.blend()
+    assert torch.equal(loop.net.a.weight[a == 0], blend_update(old, new, a)[a == 0])
 
 
 # ---------------------------------------------------------------------- whose rows are whose

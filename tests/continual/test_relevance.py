@@ -206,10 +206,32 @@ def test_padding_does_not_count_and_heads_are_sums_over_their_width() -> None:
         assert torch.allclose(spy.of(found[f"{name}.attention.output.dense"]).double(), expected, **CLOSE)
 
 
+def test_padding_does_not_count_where_it_has_a_gradient() -> None:
+    """Without attention that leaves it out: a mean over all tokens."""
+
+    class Bag(Learner):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch["x"]).mean(1), batch["labels"])
+
+    net = seeded(lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))
+    plug = gp.GateON()
+    plug.attach(module := Bag(net, "sgd"))
+    ref = copy.deepcopy(net).double()
+    x, y = data(6, 5, 8)
+    mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
+    with Spy() as spy:
+        train_on([{"x": x, "attention_mask": mask, "labels": y}], module, [plug])
+    h = ref[1](ref[0](x.double()))
+    (g,) = torch.autograd.grad(F.cross_entropy(ref[2](h).mean(1), y, reduction="sum"), h)
+    expected = over_mean((h * g).detach().square()[mask].mean(0))
+    assert torch.allclose(spy.of(plug.availabilities()["net.0"]).double(), expected, **CLOSE)
+
+
 def train_on(batches: list[Any], module: Any, plugs: list[Any], **kwargs: Any) -> None:
     """Train on these very batches."""
     from tests.modules import trainer
 
+    torch.manual_seed(0)  # gates are a function of it
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     trainer("", callbacks=plugs, max_epochs=1, **kwargs).fit(module, loader)
 
@@ -392,6 +414,20 @@ def test_a_step_that_the_scaler_skips_changes_nothing(relevance: Any, optimizer:
             assert same == set(kept[i])
         else:
             assert "net.1.weight" not in same
+
+
+def test_what_a_skipped_step_has_read_does_not_count_in_the_next(tmp_path: Path) -> None:
+    class Skips(Spoilt):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx in self.spoilt else Learner.training_step(self, batch, batch_idx)
+
+    runs = []
+    for kind in (Spoilt, Skips):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6, backoff_factor=1.0 - 1e-9)
+        module = seeded(lambda kind=kind: kind(spoilt=(3,)))
+        train([gp.GateON()], tmp_path, module, stream(1, 6), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        runs.append(drafts(module))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
 @pytest.mark.parametrize("relevance", ["neuron", "parameter"])
