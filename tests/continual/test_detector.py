@@ -142,7 +142,7 @@ def test_with_accumulation_a_window_is_decided_at_its_start(tmp_path: Path) -> N
 
 def test_a_resumed_run_notices_the_same(tmp_path: Path) -> None:
     def run(extra: list[Any], **kwargs: Any) -> tuple[gp.Classifier, gp.ContextDetector]:
-        module, (gateon, detector) = classifier(dropout=0.2), plugs()
+        module, (gateon, detector) = classifier(dropout=0.05), plugs()
         callbacks = [gateon, detector, gp.ExactResume(), *extra]
         trainer(tmp_path, callbacks=callbacks, max_epochs=1, enable_checkpointing=True).fit(module, stream(), **kwargs)
         return module, detector
