@@ -257,6 +257,16 @@ def test_two_gateons_in_one_trainer(tmp_path: Path) -> None:
     assert repr(module.net) == repr(dense(bn=True))
 
 
+def test_activations_that_another_plug_has_replaced_are_read(tmp_path: Path) -> None:
+    module, plug = seeded(Learner), gp.GateON()
+    train([gp.ReplaceActivation(nn.ReLU, gp.TemperedSigmoid(trainable=True)), plug], tmp_path, module, stream(2, 2))
+    found = plug.availabilities()
+    assert {"net.1", "net.3"} <= set(found)
+    assert all((found[name].draft < 1).any() for name in ("net.1", "net.3"))
+    with pytest.raises(gp.PlugError, match="attach GateON after the plug that replaces it"):
+        train([gp.GateON(), gp.ReplaceActivation(nn.ReLU, gp.TemperedSigmoid())], tmp_path, Learner(), stream(2, 2))
+
+
 def test_what_a_user_keeps_from_ddp_stays(tmp_path: Path) -> None:
     module = seeded(Learner)
     module._ddp_params_and_buffers_to_ignore = ["net.5.bias"]
