@@ -370,10 +370,11 @@ def test_nothing_of_a_step_is_kept(tmp_path: Path) -> None:
             gc.collect()
             assert not [ref for ref in alive if ref() is not None]
             if batch_idx == 0:
-                pl_module.net[1].register_forward_hook(lambda m, a, out: alive.append(weakref.ref(out)))
+                for layer in pl_module.net[1:3]:
+                    layer.register_forward_hook(lambda m, a, out: alive.append(weakref.ref(out)))
 
     fit(gp.GateON(), tmp_path, seeded(Learner), callbacks=[Watch()])
-    assert len(alive) == 4
+    assert len(alive) == 8
 
 
 def test_validate_and_test_before_a_fit(tmp_path: Path) -> None:
