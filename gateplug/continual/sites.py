@@ -88,10 +88,7 @@ def find_sites(module: nn.Module) -> Sites:
             sites.units[name] = Site(name, width, name, "a gated product", rows=branches)
     sites.heads = find_attention(module)
     whole = None
-    for name, part in _regions(module, net, root):
-        seen = trace(part)
-        if seen is None:
-            continue
+    for name, part, seen in _regions(net, root):
         whole = seen if part is net else whole
         for site in _sites(seen, part, name, part is net):
             sites.units.setdefault(site.layer, site)
@@ -105,25 +102,34 @@ def find_sites(module: nn.Module) -> Sites:
     return sites
 
 
-def _regions(module: nn.Module, net: nn.Module, root: str) -> Iterator[tuple[str, nn.Module]]:
-    """The largest parts of a network that can be followed as a graph."""
-    if hasattr(net, "config") and hasattr(net, "base_model_prefix"):  # Hugging Face's forwards have branches on values
-        yield from _parts(net, root)
-    elif trace(net) is not None:
-        yield root, net
-    else:
-        yield from _parts(net, root)
+def _regions(part: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Trace]]:
+    """The largest parts of a network that can be followed as a graph; what cannot be followed in one is looked at by itself."""
+    seen, closed = None, {}
+    if not _branches(part):
+        seen = trace(part)
+        if seen is None:
+            closed = {n: m for n, m in _called(part) if _branches(m) or trace(m) is None}
+            seen = trace(part, closed.values())
+    if seen is not None:
+        yield name, part, seen
+    for child_name, child in part.named_children() if seen is None else closed.items():
+        if not is_layer(child) and any(is_layer(m) for m in child.modules()):
+            yield from _regions(child, join(name, child_name))
 
 
-def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    for child_name, child in module.named_children():
-        full = join(name, child_name)
-        if sum(is_layer(m) for m in child.modules()) == 0 or is_layer(child):
-            continue
-        if not isinstance(child, nn.ModuleList | nn.ModuleDict) and trace(child) is not None:
-            yield full, child
+def _branches(module: nn.Module) -> bool:
+    """Lists have no forward, and those of Hugging Face's models have branches on values."""
+    lists = isinstance(module, nn.ModuleList | nn.ModuleDict)
+    return lists or (hasattr(module, "config") and hasattr(module, "base_model_prefix"))
+
+
+def _called(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children, of lists their children."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from ((join(name, n), m) for n, m in _called(child))
         else:
-            yield from _parts(child, full)
+            yield name, child
 
 
 def _sites(seen: Trace, part: nn.Module, name: str, whole: bool) -> Iterator[Site]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torchmetrics import Metric
 
 from gateplug.core.activations import is_activation
 from gateplug.core.feed_forward import is_linear
 from gateplug.core.gate import Gate
+from gateplug.core.record import join
 
 HOMOGENEOUS = {F.relu, torch.relu, torch.relu_, F.leaky_relu, F.prelu, "relu", "relu_"}
 """Functions f with f(z) · ∂ℓ/∂f = z · ∂ℓ/∂z: relevance can be read before them."""
@@ -51,22 +53,27 @@ class Trace:
 class _Tracer(fx.Tracer):
     """Looks not into activations and gates. Which modules are activations is found by calling them, so before it traces."""
 
-    def __init__(self, activations: set[nn.Module]) -> None:
+    def __init__(self, leaves: set[nn.Module]) -> None:
         super().__init__()
-        self.activations = activations
+        self.leaves = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Gate) or m in self.activations or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Gate) or m in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(module: nn.Module) -> Trace | None:
-    """Follow the layers of a module, or None where its forward cannot be followed without running it."""
-    activations = {m for m in module.modules() if is_activation(m)}
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _untouched(module):
-            graph = _Tracer(activations).trace(module)
-    except Exception:  # whatever a forward makes of stand-ins for tensors
-        return None
+def trace(module: nn.Module, closed: Iterable[nn.Module] = ()) -> Trace | None:
+    """Follow the layers of a module, or None where its forward cannot be followed without running it.
+
+    Args:
+        module: whose forward.
+        closed: modules in it that are not looked into.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _untouched(module):
+        activations = {m for m in module.modules() if is_activation(m) or _elementwise(m)}
+        try:
+            graph = _Tracer({*activations, *closed}).trace(module)
+        except Exception:  # whatever a forward makes of stand-ins for tensors
+            return None
     parts = dict(module.named_modules())
     seen = Trace()
     done: set[str] = set()
@@ -97,6 +104,22 @@ def _untouched(module: nn.Module) -> Iterator[None]:
         for buffer, version, value in values:
             if buffer._version != version:
                 buffer.copy_(value)
+
+
+def _elementwise(module: nn.Module) -> bool:
+    """Whether somebody's own module computes a function of each number by itself, and no linear one: an activation."""
+    numbers = [*module.parameters(), *module.buffers()]
+    if list(module.children()) or isinstance(module, Metric) or any(t.numel() != 1 or t.is_meta for t in numbers):
+        return False
+    like = next((t for t in numbers if t.is_floating_point()), torch.zeros(1))
+    x = torch.linspace(-4.0, 4.5, 65).to(like)
+    try:
+        y, turned = module(x.clone()), module(x.flip(0))
+    except Exception:  # whatever a module makes of a vector of numbers
+        return False
+    if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(y.flip(0), turned, atol=1e-6):
+        return False
+    return not torch.allclose(y.float().diff(n=2), torch.zeros(63, device=y.device), atol=1e-5)
 
 
 def _layer(module: nn.Module) -> bool:
@@ -156,8 +179,10 @@ def _last(graph: fx.Graph, parts: dict[str, nn.Module]) -> list[str]:
         if node in visited:
             continue
         visited.add(node)
-        if node.op == "call_module" and _layer(parts[str(node.target)]):
-            found[str(node.target)] = None
+        name = str(node.target)
+        inside = [n for n, m in parts[name].named_modules() if _layer(m)] if node.op == "call_module" else []
+        if inside:  # of what is not looked into, the layer that was built last
+            found[join(name, inside[-1])] = None
         else:
             waiting += node.all_input_nodes
     return list(found)

@@ -25,6 +25,17 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Where DDP looks."""
 
 
+def _agree(task: int, module: LightningModule) -> None:
+    """Processes in several contexts would wait for each other for ever."""
+    if world_size() == 1:
+        return
+    ends = torch.tensor([task, -task], device=module.device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    last, first = ends.tolist()
+    if last != -first:
+        raise PlugError(f"one batch is of tasks {-first} and {last} on different processes: GateON trains one context at a time")
+
+
 class TrainedContexts(Contexts):
     """What :class:`GateON` does from the start of a fit to its end."""
 
@@ -77,7 +88,7 @@ class TrainedContexts(Contexts):
         self._freeze()
         parts = {id(t) for m in (*self._gates, *self._guards, *self._norms) for t in (*m.parameters(), *m.buffers())}
         names = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if id(t) in parts]
-        own: list[str] = module.__dict__.setdefault(_IGNORED, [])
+        own = [name for name in module.__dict__.get(_IGNORED, ()) if name not in self._ignored]
         self._ignored = [name for name in names if name not in own]
         module.__dict__[_IGNORED] = [*own, *self._ignored]
 
@@ -115,6 +126,7 @@ class TrainedContexts(Contexts):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         task = batch_task(batch)
         if task is not None and not self._led and stream_of(trainer) is None:
+            _agree(task, pl_module)
             context = self._context_of.setdefault(task, self._next())
             if context != self.context and batch_idx % trainer.accumulate_grad_batches:
                 raise PlugError(
@@ -181,11 +193,14 @@ class TrainedContexts(Contexts):
             return  # it says which
         stream = stream_of(trainer)
         task = batch_task(batch) if stream is None else eval_task(stream, stage, batch_idx)
-        if task is None:
-            self.show(module, self.context)
+        if task is None:  # nobody says: in a fit what is trained, else what was shown last
+            if trainer.state.fn == "fit":
+                self.show(module, self.context)
             return
-        # a checkpoint of weights alone does not say which context a task was; in a stream without returns it has its number
-        context = self._context_of.get(task, None if self._context_of else task)
+        # a checkpoint of weights alone does not say which context a task was trained in: tasks open contexts in their order
+        order = list(dict.fromkeys(stream.train_tasks())) if stream is not None else [task]
+        unknown = order.index(task) if stream is not None and task in order else task
+        context = self._context_of.get(task, None if self._context_of else unknown)
         if context is not None and context < self.known:
             self.show(module, context)
         elif stage == "val":  # a task to come: what the network makes of it now

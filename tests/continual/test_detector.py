@@ -39,7 +39,9 @@ def test_a_step_is_pure_and_its_state_stays_in_range(values: list[float], window
         assert state == before
         assert all(0 <= q < 1 for q in after["confidence"])
         assert all(len(held) <= window and all(map(math.isfinite, held)) for held in after["losses"])
-        assert len(after["losses"]) == len(after["confidence"]) == len(state["losses"]) + (event is not None and event[0] == "new")
+        assert (
+            len(after["losses"]) == len(after["confidence"]) == len(state["losses"]) + (event is not None and event[0] == "new")
+        )
         if not math.isfinite(value):
             assert (after, event) == (before, None)
         state = after

@@ -241,8 +241,10 @@ def test_an_average_of_weights_with_all_contexts(tmp_path: Path) -> None:
 
 
 def test_batch_norms_that_the_trainer_would_replace_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(gp.PlugError, match="sync_batchnorm=True"):
-        fit(gp.GateON(), tmp_path, Learner(dense(bn=True)), sync_batchnorm=True, strategy="ddp", devices=1)
+    plug, t = gp.GateON(), trainer(tmp_path, sync_batchnorm=True, strategy="ddp")
+    with pytest.raises(gp.PlugError, match="sync_batchnorm=True"):  # a fit would start the processes first
+        plug.check(t, Learner(dense(bn=True)))
+    plug.check(t, Learner())
 
 
 def test_two_gateons_in_one_trainer(tmp_path: Path) -> None:
@@ -255,6 +257,16 @@ def test_two_gateons_in_one_trainer(tmp_path: Path) -> None:
     for plug in (second, first):
         plug.detach(module)
     assert repr(module.net) == repr(dense(bn=True))
+
+
+def test_activations_that_another_plug_has_replaced_are_read(tmp_path: Path) -> None:
+    module, plug = seeded(Learner), gp.GateON()
+    train([gp.ReplaceActivation(nn.ReLU, gp.TemperedSigmoid(trainable=True)), plug], tmp_path, module, stream(2, 2))
+    found = plug.availabilities()
+    assert {"net.1", "net.3"} <= set(found)
+    assert all((found[name].draft < 1).any() for name in ("net.1", "net.3"))
+    with pytest.raises(gp.PlugError, match="attach GateON after the plug that replaces it"):
+        train([gp.GateON(), gp.ReplaceActivation(nn.ReLU, gp.TemperedSigmoid())], tmp_path, Learner(), stream(2, 2))
 
 
 def test_what_a_user_keeps_from_ddp_stays(tmp_path: Path) -> None:
@@ -360,10 +372,11 @@ def test_nothing_of_a_step_is_kept(tmp_path: Path) -> None:
             gc.collect()
             assert not [ref for ref in alive if ref() is not None]
             if batch_idx == 0:
-                pl_module.net[1].register_forward_hook(lambda m, a, out: alive.append(weakref.ref(out)))
+                for layer in pl_module.net[1:3]:
+                    layer.register_forward_hook(lambda m, a, out: alive.append(weakref.ref(out)))
 
     fit(gp.GateON(), tmp_path, seeded(Learner), callbacks=[Watch()])
-    assert len(alive) == 4
+    assert len(alive) == 8
 
 
 def test_validate_and_test_before_a_fit(tmp_path: Path) -> None:

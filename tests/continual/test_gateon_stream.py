@@ -114,6 +114,25 @@ def test_batches_may_name_their_task(tmp_path: Path) -> None:
         trainer(tmp_path, callbacks=[gp.GateON()], max_epochs=1, accumulate_grad_batches=2).fit(seeded(Learner), batches([5, 9]))
 
 
+@pytest.mark.parametrize("contexts", [None, 3])
+def test_a_trainer_for_each_task(contexts: int | None, tmp_path: Path) -> None:
+    """Somebody's loop over tasks, who says the context between two fits."""
+    module, plug = seeded(lambda: Learner(dense(bn=True))), gp.GateON(contexts=contexts)
+    rows: dict[int, Tensor] = {}
+    for task in range(3):
+        if task:
+            plug.switch(module, task)
+        base = gp.Digits(batch_size=16, seed=task)
+        trainer(tmp_path, callbacks=[plug], max_epochs=1, limit_train_batches=4, limit_val_batches=0).fit(module, base)
+        gate = plug.gates(module)["net.1.gate"]
+        for context, row in rows.items():
+            assert torch.equal(gate.rows[context], row)
+        rows[task] = gate.rows[task].detach().clone()
+        assert (plug.context, plug.known) == (task, task + 1)
+    (a, *_) = plug.availabilities().values()
+    assert (a.committed < 1).any()
+
+
 # ---------------------------------------------------------------------- killed and resumed
 
 
@@ -172,7 +191,14 @@ def resumed_on_two(folder: Path, devices: int) -> None:
 
     whole = run(extra=[steps], enable_checkpointing=True)
     for step in (3, 5, 8):
-        bits(whole, run(ckpt_path=folder / f"step={step}.ckpt"))
+        again = run(ckpt_path=folder / f"step={step}.ckpt")
+        bits(whole, again)
+        assert "_ddp_params_and_buffers_to_ignore" not in again.__dict__
+    items = [{"pixel_values": torch.rand(4, 1, 8, 8), "labels": torch.arange(4), "task": torch.full((4,), t)} for t in (0, 1)]
+    loader = torch.utils.data.DataLoader(items, batch_size=None)
+    t = trainer(folder, callbacks=[gp.GateON()], max_epochs=1, **settings)
+    with pytest.raises(gp.PlugError, match="one batch is of tasks 0 and 1 on different processes"):
+        t.fit(seeded(Learner), loader)
     (folder / f"done-{whole.global_rank}").touch()
 
 

@@ -174,6 +174,8 @@ def test_torchs_own_encoder_layer(activation: Any) -> None:
     text, out = repr(net), net(x)
     plug.attach(net)
     assert not torch.equal(net(x), out)
+    with torch.no_grad():  # in eval mode torch has a fast path, which would pass by the gate
+        assert torch.allclose(net.eval()(x), net.train()(x), atol=1e-6)
     plug.detach(net)
     assert repr(net) == text
     assert torch.equal(net(x), out)
@@ -195,6 +197,59 @@ def test_a_module_with_several_parts() -> None:
     sites = find_sites(Parts())
     assert list(sites.units) == ["encoder.0", "encoder.2"]
     assert sites.readouts == ["head"]
+
+
+def test_what_cannot_be_followed_in_a_network_does_not_hide_the_rest() -> None:
+    class Chooses(nn.Module):
+        """Its forward looks at values."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6)), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) if x.mean() > 0 else self.two(x)
+
+    class Around(nn.Module):
+        """Its head was built first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+            self.a, self.blocks = nn.Linear(8, 6), nn.ModuleList([Chooses(), Chooses()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    sites = find_sites(Around())
+    assert set(sites.units) == {"a", "blocks.0.one.0", "blocks.1.one.0"}
+    assert sites.readouts == ["head"]
+    sites = find_sites(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Chooses()))
+    assert set(sites.units) == {"0", "2.one.0"}
+    assert sites.readouts == ["2.two"]
+
+
+def test_an_activation_that_somebody_wrote() -> None:
+    class Snake(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alpha = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.sin(self.alpha * x).square() / self.alpha
+
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean()
+
+    sites = find_sites(nn.Sequential(nn.Linear(8, 6), Snake(), nn.Linear(6, 5), Centred(), nn.Linear(5, 3)))
+    assert {n: s.reads for n, s in sites.units.items()} == {"0": "1"}
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    gp.ReplaceActivation(nn.ReLU, gp.TemperedSigmoid(trainable=True)).attach(net)
+    assert find_sites(net).units["0"].reads == "1"
 
 
 def test_a_sigmoid_behind_the_read_out_makes_no_hidden_layer_of_it() -> None:
