@@ -40,6 +40,7 @@ class TrainedContexts(Contexts):
     """What :class:`GateON` does from the start of a fit to its end."""
 
     _usage: Usage
+    _before: int = 0
     _ignored: list[str] = []  # noqa: RUF012  # never changed in place
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
@@ -211,17 +212,29 @@ class TrainedContexts(Contexts):
                 f"{sorted(self._context_of) or list(range(self.known))}"
             )
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what the network runs in."""
+        self._before = self._gates[0].active
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Back to what is trained."""
-        self.show(pl_module, self.context)
+        """As it was."""
+        self.show(pl_module, self._before)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what the network runs in."""
+        self._before = self._gates[0].active
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Back to what is trained."""
-        self.show(pl_module, self.context)
+        """As it was."""
+        self.show(pl_module, self._before)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what the network runs in."""
+        self._before = self._gates[0].active
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Back to what is trained."""
-        self.show(pl_module, self.context)
+        """As it was."""
+        self.show(pl_module, self._before)
 
     # ------------------------------------------------------------------ state
 
