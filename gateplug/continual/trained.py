@@ -13,13 +13,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gateplug.continual.contexts import Contexts
+from gateplug.continual.evaluated import EvaluatedContexts
 from gateplug.continual.norms import batch_norms
 from gateplug.continual.report import Usage, draw_contexts, show
 from gateplug.core.errors import PlugError
 from gateplug.core.objective import batch_size
 from gateplug.core.processes import world_size
-from gateplug.core.stream import Stage, batch_task, eval_task, stream_of
+from gateplug.core.stream import batch_task, stream_of
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Where DDP looks."""
@@ -36,11 +36,10 @@ def _agree(task: int, module: LightningModule) -> None:
         raise PlugError(f"one batch is of tasks {-first} and {last} on different processes: GateON trains one context at a time")
 
 
-class TrainedContexts(Contexts):
+class TrainedContexts(EvaluatedContexts):
     """What :class:`GateON` does from the start of a fit to its end."""
 
     _usage: Usage
-    _before: int = 0
     _ignored: list[str] = []  # noqa: RUF012  # never changed in place
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
@@ -168,73 +167,6 @@ class TrainedContexts(Contexts):
         self._usage.log(trainer, self.availabilities(), self._warned)
         show(trainer, self.availabilities(), self._usage)
         draw_contexts(trainer, {self._names[gate]: gate.opennesses() for gate in self._gates})
-
-    # ------------------------------------------------------------------ evaluation
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Run the batch in its context."""
-        self._evaluate(trainer, pl_module, "val", batch, batch_idx)
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Run the batch in its context."""
-        self._evaluate(trainer, pl_module, "test", batch, batch_idx)
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Run the batch in its context."""
-        self._evaluate(trainer, pl_module, "test", batch, batch_idx)
-
-    def _evaluate(self, trainer: Trainer, module: LightningModule, stage: Stage, batch: Any, batch_idx: int) -> None:
-        if any(type(c).__name__ == "ContextDetector" for c in trainer.callbacks):  # type: ignore[attr-defined]
-            return  # it says which
-        stream = stream_of(trainer)
-        task = batch_task(batch) if stream is None else eval_task(stream, stage, batch_idx)
-        if task is None:  # nobody says: in a fit what is trained, else what was shown last
-            if trainer.state.fn == "fit":
-                self.show(module, self.context)
-            return
-        # a checkpoint of weights alone does not say which context a task was trained in: tasks open contexts in their order
-        order = list(dict.fromkeys(stream.train_tasks())) if stream is not None else [task]
-        unknown = order.index(task) if stream is not None and task in order else task
-        context = self._context_of.get(task, None if self._context_of else unknown)
-        if context is not None and context < self.known:
-            self.show(module, context)
-        elif stage == "val":  # a task to come: what the network makes of it now
-            self.show(module, self.context)
-        else:
-            raise PlugError(
-                f"GateON: task {task} is unknown at test: no context was trained on it. Known are the tasks "
-                f"{sorted(self._context_of) or list(range(self.known))}"
-            )
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what the network runs in."""
-        self._before = self._gates[0].active
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As it was."""
-        self.show(pl_module, self._before)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what the network runs in."""
-        self._before = self._gates[0].active
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As it was."""
-        self.show(pl_module, self._before)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what the network runs in."""
-        self._before = self._gates[0].active
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As it was."""
-        self.show(pl_module, self._before)
 
     # ------------------------------------------------------------------ state
 

@@ -265,7 +265,7 @@ def test_activations_that_another_plug_has_replaced_are_read(tmp_path: Path) -> 
     found = plug.availabilities()
     assert {"net.1", "net.3"} <= set(found)
     assert all((found[name].draft < 1).any() for name in ("net.1", "net.3"))
-    with pytest.raises(gp.PlugError, match="attach GateON after the plug that replaces it"):
+    with pytest.raises(gp.PlugError, match="put ReplaceActivation before GateON"):
         train([gp.GateON(), gp.ReplaceActivation(nn.ReLU, gp.TemperedSigmoid())], tmp_path, Learner(), stream(2, 2))
 
 
