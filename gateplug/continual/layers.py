@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.continual.attention import Attention
-from gateplug.continual.functional import availability_step, gate, normalized_gate
+from gateplug.continual.blocks import step_in_blocks
+from gateplug.continual.functional import availability_step, gate, normalized_gate, parameter_relevance
 from gateplug.core.gate import Gate, Openness, RunBefore, RunGate
 
 USED = 0.05
@@ -52,6 +53,14 @@ class Availability(nn.Module):
         """Move the draft by the relevance of an optimizer step; one that is not finite is counted and left out."""
         self.skipped += ~relevance.mean().isfinite()
         self.draft.copy_(availability_step(self.draft, relevance.to(self.draft), eta, reactivation))
+
+    def step_by(self, weight: Tensor, grad: Tensor, eta: float, reactivation: float) -> None:
+        """The same for single weights, by the gradient of the step."""
+        tensors = (self.draft, weight, grad)
+        if all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+            self.skipped += not step_in_blocks(*tensors, eta, reactivation)
+        else:
+            self.step(parameter_relevance(weight.detach().float(), grad.float()), eta, reactivation)
 
     def commit(self) -> None:
         """The context is over: what it needed is held from now on."""

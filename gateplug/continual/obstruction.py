@@ -109,12 +109,12 @@ def guarded(gates: Iterable[ContextGate], guards: Iterable[Guards]) -> Iterator[
             yield Guarded(guard.layer[0], name, guard.availability(name))
 
 
-def _relevance(part: Guarded) -> Tensor | None:
-    p = part.parameter
-    if part.spread is not None or p.grad is None:
+def _gradient(part: Guarded) -> Tensor | None:
+    """Of a parameter that is guarded elementwise."""
+    grad = part.parameter.grad
+    if part.spread is not None or grad is None:
         return None
-    grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-    return parameter_relevance(p.detach().float(), grad.float())
+    return grad.to_dense() if grad.is_sparse else grad
 
 
 class Obstruction:
@@ -145,7 +145,8 @@ class Obstruction:
     @torch.no_grad()
     def read(self) -> None:
         """Take the relevance of what is guarded elementwise from the gradients as they are now, before they are cut off."""
-        self._relevances = {part: r for part in self.parts if (r := _relevance(part)) is not None}
+        found = [(part, _gradient(part)) for part in self.parts]
+        self._relevances = {p: parameter_relevance(p.parameter.detach().float(), g.float()) for p, g in found if g is not None}
 
     def forget(self) -> None:
         """What was read does not count."""
@@ -154,10 +155,12 @@ class Obstruction:
     @torch.no_grad()
     def measure(self, eta: float, reactivation: float) -> None:
         """Step the availability of what is guarded elementwise, by what was read, or else by the gradients in place."""
-        for part in self.parts:
-            relevance = self._relevances.pop(part, None) if self._relevances else _relevance(part)
-            if relevance is not None:
-                part.availability.step(relevance, eta, reactivation)
+        for part, relevance in self._relevances.items():
+            part.availability.step(relevance, eta, reactivation)
+        for part in () if self._relevances else self.parts:
+            grad = _gradient(part)
+            if grad is not None:
+                part.availability.step_by(part.parameter, grad, eta, reactivation)
         self.forget()
 
     @torch.no_grad()

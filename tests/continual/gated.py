@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gateplug as gp
+from gateplug.continual.functional import parameter_relevance
 from gateplug.continual.layers import Availability
 from tests.modules import trainer
 
@@ -100,11 +101,19 @@ class Spy:
             seen.setdefault(id(a), []).append(relevance.clone())
             step(a, relevance, eta, reactivation)
 
+        self._step_by = step_by = Availability.step_by
+
+        def note_by(a: Availability, weight: Tensor, grad: Tensor, eta: float, reactivation: float) -> None:
+            seen.setdefault(id(a), []).append(parameter_relevance(weight.detach().float(), grad.float()))
+            step_by(a, weight, grad, eta, reactivation)
+
         Availability.step = note  # type: ignore[method-assign]
+        Availability.step_by = note_by  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
         Availability.step = self._step  # type: ignore[method-assign]
+        Availability.step_by = self._step_by  # type: ignore[method-assign]
 
     def of(self, a: Availability) -> Tensor:
         """Relevance in the last step, over its mean."""
