@@ -21,7 +21,6 @@ import gateplug as gp
 from gateplug.continual.head_gate import Masked, OutputMask
 from gateplug.continual.heads import HeadMask
 from gateplug.core.answers import counted
-from gateplug.core.stream import TaskPlug
 from gateplug.data.stream import TaskStream
 from tests.ddp import two_processes
 from tests.modules import UserModule, vit
@@ -285,12 +284,9 @@ def test_there_must_be_something_to_mask(data: Any, text: str) -> None:
 
 
 def test_what_cannot_be_masked_rightly_is_refused() -> None:
-    class Replay(TaskPlug):
-        attaches = False
-
     with pytest.raises(gp.PlugError, match="replayed samples are of other tasks"):
-        fit(split("task"), classifier(), Replay(), HeadMask())
-    fit(split("class"), classifier(), Replay(), HeadMask())
+        fit(split("task"), classifier(), gp.Replay(samples=100), HeadMask())
+    fit(split("class"), classifier(), gp.Replay(samples=100), HeadMask())
     smoothed = gp.Classifier(net(), 10, label_smoothing=0.1)
     with pytest.raises(gp.PlugError, match=r"label_smoothing=0.1 gives every output a share"):
         fit(split("task"), smoothed, HeadMask())
