@@ -476,12 +476,15 @@ def test_a_few_batches_of_a_loader_are_no_stream() -> None:
 
 
 @pytest.mark.parametrize("head", ["task", "class"])
-def test_several_heads_need_a_head_mask(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_heads_need_a_head_mask(head: Any) -> None:
     stream = TaskStream(base=Few(), kind="permuted", num_tasks=2, steps_per_task=2, head=head)
     with pytest.raises(gp.PlugError, match=r"Add gp.HeadMask\(\) to the Trainer's callbacks"):
         L.Trainer(**QUIET).fit(Watch(), stream)
-    monkeypatch.setattr(Masking, "__name__", "HeadMask")  # for a moment: two classes of one name confuse a command line
-    L.Trainer(**QUIET, callbacks=[Masking()]).fit(Watch(), stream)
+    Masking.__name__ = "HeadMask"  # for a moment: two classes of one name confuse the command line
+    try:
+        L.Trainer(**QUIET, callbacks=[Masking()]).fit(Watch(), stream)
+    finally:
+        Masking.__name__ = "Masking"
 
 
 # ---------------------------------------------------------------------- what is refused
