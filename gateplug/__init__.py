@@ -1,5 +1,16 @@
 """gateplug: published gating methods as plug-ins for trainings you already have."""
 
+from gateplug.continual import (
+    EWC,
+    MAS,
+    AccuracyMatrix,
+    ContextDetector,
+    ContinualMetrics,
+    GateON,
+    HeadMask,
+    Replay,
+    SynapticIntelligence,
+)
 from gateplug.core import (
     Cost,
     ExactResume,
@@ -15,7 +26,7 @@ from gateplug.core import (
     latency,
     load,
 )
-from gateplug.data import Digits, ImageData, OverlaidImages, Ratings, SyntheticTasks, TextData, exact_loader
+from gateplug.data import Digits, ImageData, OverlaidImages, Ratings, SyntheticTasks, TaskStream, TextData, exact_loader
 from gateplug.early_exit import (
     CalibrationError,
     ConformalCoverage,
@@ -47,11 +58,16 @@ from gateplug.tasks import Classifier, LanguageModel, MultiTask, Seq2Seq, TaskHe
 __version__ = "0.1.0"
 
 __all__ = [
+    "EWC",
     "FFN",
     "GLU",
+    "MAS",
+    "AccuracyMatrix",
     "CalibrationError",
     "Classifier",
     "ConformalCoverage",
+    "ContextDetector",
+    "ContinualMetrics",
     "Cost",
     "DSelectK",
     "Digits",
@@ -67,6 +83,8 @@ __all__ = [
     "ExpertMonitor",
     "Gate",
     "GateMonitor",
+    "GateON",
+    "HeadMask",
     "ImageData",
     "LanguageModel",
     "Latency",
@@ -82,11 +100,14 @@ __all__ = [
     "RegulateRouters",
     "ReplaceActivation",
     "ReplaceFFN",
+    "Replay",
     "Seq2Seq",
     "SigmoidGate",
     "SoftmaxGate",
+    "SynapticIntelligence",
     "SyntheticTasks",
     "TaskHead",
+    "TaskStream",
     "TaskTowers",
     "TemperedSigmoid",
     "TextData",

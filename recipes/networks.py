@@ -1,5 +1,7 @@
 """A network of one's own for the recipes: what stands beside a YAML file is found by its name, `recipes.networks.<name>`."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,44 @@ def handcrafted_cnn(channels: int = 1, num_classes: int = 10) -> nn.Sequential:
         nn.Linear(512, 32),
         nn.ReLU(),
         nn.Linear(32, num_classes),
+    )
+
+
+def mlp(inputs: int, hidden: int, layers: int = 2, outputs: int = 10) -> nn.Sequential:
+    """A plain network of dense layers with ReLU, for images or rows of numbers.
+
+    Args:
+        inputs: numbers of a sample.
+        hidden: units of a hidden layer.
+        layers: hidden layers.
+        outputs: number of logits.
+    """
+    widths = [inputs, *[hidden] * layers]
+    parts = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *parts, nn.Linear(hidden, outputs))
+
+
+def small_cnn(channels: int = 1, size: int = 28, num_classes: int = 10, width: int = 32, hidden: int = 256) -> nn.Sequential:
+    """Two convolutions with ReLU and pooling, and a hidden dense layer.
+
+    Args:
+        channels: of the images.
+        size: their side in pixels, a multiple of 4.
+        num_classes: number of logits.
+        width: channels of the first convolution; the second has twice as many.
+        hidden: units of the dense layer.
+    """
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * width * (size // 4) ** 2, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, num_classes),
     )
 
 

@@ -6,6 +6,20 @@ TOGETHER = "together"
 
 _SAME_BLOCK = "both change the activation of a feed-forward: give them different layers"
 
+_BESIDE = (
+    "ReplaceFFN",
+    "ReplaceActivation",
+    "Upcycle",
+    "RegulateRouters",
+    "ExpertMonitor",
+    "EarlyExit",
+    "GateMonitor",
+    "ToyPlug",
+)
+_HOLDING = ("EWC", "SynapticIntelligence", "MAS")
+_FOLLOWING = (*_HOLDING, "Replay", "ContinualMetrics", "HeadMask")
+_TWO_WAYS = "both hold back what earlier tasks need, each in its way: take one"
+
 CELLS: dict[frozenset[str], str] = {
     frozenset({"ReplaceFFN", "ReplaceActivation"}): _SAME_BLOCK,
     frozenset({"ReplaceFFN", "GateMonitor"}): TOGETHER,
@@ -31,6 +45,19 @@ CELLS: dict[frozenset[str], str] = {
     },
     **{frozenset({"ExpertMonitor", other}): TOGETHER for other in ("ReplaceFFN", "ReplaceActivation", "GateMonitor", "ToyPlug")},
     frozenset({"RegulateRouters", "ExpertMonitor"}): TOGETHER,
+    **{frozenset({a, b}): TOGETHER for a in (*_FOLLOWING, "GateON", "ContextDetector") for b in _BESIDE},
+    **{frozenset({a, b}): TOGETHER for i, a in enumerate(_FOLLOWING) for b in _FOLLOWING[:i]},
+    **{frozenset({a, b}): TOGETHER for a in ("GateON", "ContextDetector") for b in ("ContinualMetrics", "HeadMask")},
+    **{frozenset({a, b}): _TWO_WAYS for a in ("GateON", "ContextDetector") for b in _HOLDING},
+    **{
+        frozenset({a, "Replay"}): "samples of earlier tasks would run through the gates of the running one"
+        for a in ("GateON", "ContextDetector")
+    },
+    frozenset({"GateON", "ContextDetector"}): f"{TOGETHER}, GateON first",
+    frozenset({"GateON", "ReplaceFFN"}): f"{TOGETHER}, ReplaceFFN first",
+    frozenset({"GateON", "ReplaceActivation"}): f"{TOGETHER}, ReplaceActivation first",
+    frozenset({"GateON", "Upcycle"}): "both take over a feed-forward: give them different layers",
+    frozenset({"Replay", "EarlyExit"}): "exits listen to one forward a step",
 }
 """A pair of names -> `TOGETHER`, `together, NAME first` where the order in the callbacks matters, or why it is refused."""
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 import gateplug as gp
-from tests.plugs import ToyPlug
+from tests.continual.streamed import Streamed
+from tests.plugs import Switch, ToyPlug
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,104 @@ CASES: dict[str, Case] = {
             ({"at": "decoder.*"}, gp.PlugError, "at='decoder.*' finds no layer"),
             ({"at": ["net.blocks.1"]}, gp.PlugError, "the last block"),
             ({"at": 2.5}, TypeError, "way to name layers"),
+        ],
+    ),
+    "GateON": Case(
+        # with a change of context every few steps, so that something is held back; availability of single weights is made of
+        # squares of small numbers, which half precision does not keep to the tolerance that is asked here: tests/continual
+        lambda: [Switch(), gp.GateON(contexts=3, others="free")],
+        bad=[
+            ({"relevance": "neurons"}, ValueError, "Did you mean 'neuron'"),
+            ({"obstruct": "gradient"}, ValueError, "Did you mean 'grad'"),
+            ({"obstruct": "none"}, ValueError, "relevance='none' as well"),
+            ({"relevance": "none"}, ValueError, "obstruct='none' as well"),
+            ({"contexts": 0}, ValueError, "≥ 1"),
+            ({"contexts": 2.5}, TypeError, "whole number"),
+            ({"eta": 0.0}, ValueError, "> 0"),
+            ({"eta": "fast"}, TypeError, "must be a number"),
+            ({"open_share": 1.0}, ValueError, "(0, 1)"),
+            ({"reactivation": -1.0}, ValueError, "≥ 0"),
+            ({"heads": "frozen"}, ValueError, "obstructed"),
+            ({"others": "held"}, ValueError, "frozen"),
+            ({"bn": "own"}, ValueError, "per_context"),
+            ({"lr_scale": -1.0}, ValueError, "≥ 0"),
+            ({"layers": "net.head"}, gp.PlugError, "is the read-out"),
+            ({"layers": "decoder.*"}, gp.PlugError, "finds no layer"),
+            ({"layers": "net.blocks.0.norm"}, gp.PlugError, "nothing to gate in net.blocks.0.norm"),
+            ({"layers": 3}, TypeError, "way to name layers"),
+        ],
+        register=(Switch,),
+    ),
+    "ContextDetector": Case(
+        lambda: [gp.GateON(others="free"), gp.ContextDetector()],
+        bad=[
+            ({"window": 1}, ValueError, "≥ 2"),
+            ({"window": 2.5}, TypeError, "whole number"),
+            ({"threshold": 1.0}, ValueError, "> 1"),
+            ({"threshold": "high"}, TypeError, "must be a number"),
+            ({"confidence": 1.0}, ValueError, "[0, 1)"),
+            ({"rate": 0.0}, ValueError, "(0, 1]"),
+            ({"patience": 0}, ValueError, "≥ 1"),
+            ({"tolerance": 0}, ValueError, "≥ 1"),
+            ({"score": "margin"}, ValueError, "function of logits"),
+            ({"labelled": -1}, ValueError, "≥ 0"),
+        ],
+    ),
+    "ContinualMetrics": Case(
+        lambda: [gp.ReplaceFFN("swiglu"), Streamed(validate=True), gp.ContinualMetrics()],
+        bad=[
+            ({"every_task": 0}, ValueError, "≥ 1"),
+            ({"every_task": 1.5}, TypeError, "whole number"),
+            ({"joint": [0.9, 90.0]}, ValueError, "[0, 1]"),
+            ({"predict": "logits"}, TypeError, "function (module, batch)"),
+        ],
+    ),
+    "HeadMask": Case(
+        lambda: [Streamed(), gp.HeadMask()],
+        bad=[({"layers": "decoder.*"}, gp.PlugError, "finds no layer"), ({"layers": 3}, TypeError, "way to name layers")],
+    ),
+    "EWC": Case(
+        lambda: [gp.ReplaceFFN("swiglu"), Streamed(), gp.EWC(weight=10.0, samples=20)],
+        bad=[
+            ({"weight": -1.0}, ValueError, "≥ 0"),
+            ({"weight": "much"}, TypeError, "must be a number"),
+            ({"samples": 0}, ValueError, "≥ 1"),
+            ({"samples": 1.5}, TypeError, "whole number"),
+            ({"online": 1}, TypeError, "True or False"),
+            ({"online": True, "decay": 1.5}, ValueError, "[0, 1]"),
+            ({"decay": 0.5}, ValueError, "online=True"),
+            ({"fisher": "sample"}, ValueError, "Did you mean 'sampled'"),
+            ({"seed": 0.5}, TypeError, "whole number"),
+        ],
+    ),
+    "SynapticIntelligence": Case(
+        lambda: [gp.ReplaceFFN("swiglu"), Streamed(), gp.SynapticIntelligence(weight=1.0)],
+        bad=[
+            ({"weight": float("nan")}, ValueError, "finite"),
+            ({"xi": 0.0}, ValueError, "> 0"),
+            ({"xi": "small"}, TypeError, "must be a number"),
+        ],
+    ),
+    "MAS": Case(
+        lambda: [gp.ReplaceFFN("swiglu"), Streamed(), gp.MAS(weight=1.0, samples=20)],
+        bad=[
+            ({"weight": -1.0}, ValueError, "≥ 0"),
+            ({"samples": 0}, ValueError, "≥ 1"),
+            ({"accumulate": "means"}, ValueError, "Did you mean 'mean'"),
+        ],
+    ),
+    "Replay": Case(
+        # without a stream it waits: each micro-batch has a draw of its own, so accumulation is no large batch (tests/continual)
+        lambda: [gp.ReplaceFFN("swiglu"), gp.Replay(samples=40, kind="der++")],
+        bad=[
+            ({"samples": 0}, ValueError, "≥ 1"),
+            ({"samples": 2.5}, TypeError, "whole number"),
+            ({"samples": 10, "batch_size": 11}, ValueError, "samples=10"),
+            ({"batch_size": 0}, ValueError, "1 …"),
+            ({"kind": "der"}, ValueError, "Did you mean"),
+            ({"alpha": -0.1}, ValueError, "≥ 0"),
+            ({"beta": float("inf")}, ValueError, "finite"),
+            ({"seed": None}, TypeError, "whole number"),
         ],
     ),
     "GateMonitor": Case(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,20 @@ from torch import Tensor, nn
 import gateplug as gp
 from gateplug.core.edit import AddGate, Edit
 from gateplug.core.optim import GroupOptions
+
+
+class Switch(gp.Plug):
+    """Changes the context of a GateON every few optimizer steps: 0, 1, 0, 1 … then a third one."""
+
+    room: ClassVar[str] = "toy"
+    summary: ClassVar[str] = "for the tests"
+    attaches: ClassVar[bool] = False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        (gateon,) = (c for c in trainer.callbacks if isinstance(c, gp.GateON))
+        context = (0, 1, 0, 2)[trainer.global_step // 2 % 4]
+        if batch_idx % trainer.accumulate_grad_batches == 0 and context != gateon.context:
+            gateon.switch(pl_module, context)
 
 
 class UnitGate(gp.Gate):

@@ -15,20 +15,29 @@ from torch import nn
 import gateplug as gp
 from tests.composition import CELLS, TOGETHER
 from tests.conformance import CASES
+from tests.continual.streamed import Streamed
 from tests.modules import UserModule, answers, digits, loader, trainer
 from tests.plugs import ToyPlug
 
 ROUTED = {"RegulateRouters", "ExpertMonitor"}
 """Plugs that need a router in the model."""
+STREAM = {"ContinualMetrics", "HeadMask", "EWC", "SynapticIntelligence", "MAS", "Replay"}
+"""Plugs that follow a stream of tasks."""
+GATED = {"ReplaceFFN", "Upcycle", "ToyPlug", "GateON", "ContextDetector", "EarlyExit", "HeadMask", *ROUTED}
+"""Plugs that bring gates, or come with one that does."""
 PAIRS = [tuple(sorted(pair)) for pair in combinations(CASES, 2)]
 
 
 def make(pair: tuple[str, str]) -> list[Any]:
-    """Both plugs under test; what a monitor needs comes along only where the other plug brings no gates."""
-    first, second = (CASES[name].plug() for name in pair)
-    if "GateMonitor" in pair and not {"ReplaceFFN", "Upcycle", "ToyPlug", *ROUTED} & set(pair):
-        return [first, second, ToyPlug()]
-    return [first, second]
+    """Both plugs under test, last; before them what they need in order to have something to do."""
+    before: list[Any] = []
+    if STREAM & set(pair):
+        before.append(Streamed(validate="ContinualMetrics" in pair))
+    if "ContextDetector" in pair and not set(pair) & {"GateON", *gp.GateON.refuses}:
+        before.append(gp.GateON(contexts=3, layers="net.embed", others="free"))
+    if "GateMonitor" in pair and not GATED & set(pair):
+        before.append(ToyPlug())
+    return [*before, *(CASES[name].plug() for name in pair)]
 
 
 def module(pair: tuple[str, str], **kwargs: Any) -> UserModule:
@@ -76,9 +85,9 @@ def test_together_they_train_resume_and_fold(pair: tuple[str, str], tmp_path: Pa
 def test_refused_pairs_and_orders_say_why_and_lose_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
     user = module(pair)
     names = list(user.state_dict())
-    first, second = make(pair)
+    *before, first, second = make(pair)
     with pytest.raises(gp.PlugError) as caught:
-        trainer(tmp_path, callbacks=[first, second]).fit(user, loader())
+        trainer(tmp_path, callbacks=[*before, first, second]).fit(user, loader())
     assert type(first).__name__ in str(caught.value)
     assert type(second).__name__ in str(caught.value)
     if ORDERS[pair] == "wrong order":

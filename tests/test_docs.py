@@ -163,6 +163,7 @@ def test_pictures_can_be_drawn_again():
         "exact_resume": {"steps": 24},
         "moe_experts_over_time": {"steps": 20},
         "early_exit_operating_points": {"epochs": 1},
+        "continual_contexts": {"steps": 4},
     }
     for figure, draw in make["FIGURES"].items():
         draw(Path(), **shortened.get(figure, {}))

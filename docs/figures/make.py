@@ -157,11 +157,11 @@ def quiet(folder: str, epochs: int | None, callbacks: list[Any], max_steps: int 
     )  # fmt: skip
 
 
-def run(folder: Path, picture: str, train: Callable[[str], object]) -> None:
-    """Train in a folder that goes away, and keep the picture that a monitor wrote into it."""
+def run(folder: Path, picture: str, train: Callable[[str], object], found_as: str | None = None) -> None:
+    """Train in a folder that goes away, and keep the picture that a plug wrote into it."""
     with TemporaryDirectory() as root:
         train(root)
-        (found,) = Path(root).rglob(f"{picture}.png")
+        (found,) = Path(root).rglob(f"{found_as or picture}.png")
         shutil.copy(found, folder / f"{picture}.png")
 
 
@@ -176,6 +176,17 @@ def early_exit_operating_points(folder: Path, epochs: int = 60) -> None:
     )
 
 
+def continual_contexts(folder: Path, steps: int = 200) -> None:
+    """Gates of the first hidden layer in the five contexts of the recipe with GateON."""
+    recipe, limit = str(HERE.parents[1] / "recipes" / "gateon_digits.yaml"), ["--data.steps_per_task", str(steps)]
+    run(
+        folder,
+        "continual_contexts",
+        lambda root: gateplug(["fit", "-c", recipe, *limit, "--trainer.default_root_dir", root]),
+        "continual_contexts_net.1",
+    )
+
+
 FIGURES = {
     f.__name__: f
     for f in (
@@ -186,6 +197,7 @@ FIGURES = {
         smooth_step,
         moe_experts_over_time,
         early_exit_operating_points,
+        continual_contexts,
         exact_resume,
     )
 }

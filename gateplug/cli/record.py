@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 import gateplug
+from gateplug.core.answers import network
 from gateplug.tasks.backbone import setting_names
 
 MODEL_KEY = "gateplug_model"
@@ -84,12 +85,6 @@ class Record(Callback):
             checkpoint[MODEL_KEY] = portable(self.config, pl_module)
         if self.example is not None:
             checkpoint[EXAMPLE_KEY] = self.example
-
-
-def network(module: L.LightningModule) -> nn.Module:
-    """The network inside a LightningModule: its only child with parameters, as :func:`gateplug.fold` takes it."""
-    holders = [child for child in module.children() if any(True for _ in child.parameters())]
-    return holders[0] if len(holders) == 1 else module
 
 
 def portable(node: Any, live: Any = None) -> Any:

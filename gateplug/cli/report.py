@@ -7,8 +7,9 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from gateplug.cli.record import Record, build_example, network
+from gateplug.cli.record import Record, build_example
 from gateplug.core import cost
+from gateplug.core.answers import network
 
 
 def show_result(

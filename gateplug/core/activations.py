@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import Metric
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -72,6 +73,9 @@ def activation_name(activation: object) -> str | None:
 def is_activation(module: nn.Module) -> bool:
     """Whether a module is an activation: a known function, or one of torch's or Hugging Face's activation classes."""
     origin = type(module).__module__
+    # a metric would count the numbers that a call tries; what holds buffers is no function of its input alone
+    if isinstance(module, Metric) or any(True for _ in module.buffers()):
+        return False
     if origin == "torch.nn.modules.activation":
         return not isinstance(module, nn.MultiheadAttention)
     if origin == "transformers.activations":

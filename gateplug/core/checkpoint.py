@@ -14,7 +14,6 @@ from torch import nn
 
 from gateplug.core.arguments import decode, resolve
 from gateplug.core.errors import PlugError, listed
-from gateplug.core.gate import Gate
 from gateplug.core.record import all_records
 from gateplug.core.wrap import unwrap, wrap
 
@@ -65,10 +64,6 @@ class _Loading:
 
     def __call__(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         check_plugs(self.module, checkpoint)
-        for record in all_records(self.module):
-            for name, attached in record.attached():
-                if isinstance(attached, Gate):
-                    attached.before_load(checkpoint["state_dict"], name)
         inner(checkpoint)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gateplug.core.errors import PlugError
-from gateplug.core.gate import Gate, RunGate
+from gateplug.core.gate import Gate, RunBefore, RunGate
 
 _HELD = "_gateplug_held"
 """Where a layer keeps what stood in an attribute before, and how many edits have set it."""
@@ -55,9 +55,7 @@ class Replace:
         root.get_submodule(parent)._modules[name] = module
 
     def fold(self, root: nn.Module) -> nn.Module:
-        """Make it permanent, without anything that only a plug needs; returns what stands in the place of `root`."""
-        if isinstance(self.new, Gate):
-            self._put(root, self.new.folded())
+        """It stays. What has a plainer form takes it at the end of a fold, with whatever stands on it by then."""
         return root
 
     def attached(self, root: nn.Module) -> nn.Module:
@@ -68,6 +66,8 @@ class Replace:
 @dataclass
 class AddGate:
     """Make a gate a sub-module of the layer it gates, `layer.gate`, and run it on the layer's output by a forward hook.
+
+    A gate that stands before its layer (`Gate.before`) is run on what the layer is called with.
 
     Where the layer has something of that name, it is `layer.<room>_gate`.
 
@@ -97,15 +97,18 @@ class AddGate:
             raise PlugError(f"a {type(layer).__name__} is never called itself and cannot be gated: name a layer around or in it")
         self.gate.train(layer.training)
         layer.add_module(self.name, self.gate)
-        if type(layer).forward is not nn.Sequential.forward:
+        if self.gate.before:
+            layer.register_forward_pre_hook(RunBefore(self.name))
+        elif type(layer).forward is not nn.Sequential.forward:
             layer.register_forward_hook(RunGate(self.name))
 
     def undo(self, root: nn.Module) -> None:
         """Take gate and hook away."""
         layer = root.get_submodule(self.layer)
-        for key, hook in list(layer._forward_hooks.items()):
-            if isinstance(hook, RunGate) and hook.name == self.name:
-                del layer._forward_hooks[key]
+        for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, RunGate | RunBefore) and hook.name == self.name:
+                    del hooks[key]
         del layer._modules[self.name]
 
     def fold(self, root: nn.Module) -> nn.Module:
@@ -130,6 +133,8 @@ class SetAttribute:
     what: str = ""
     shared: bool = False
     """Several plugs may need the same flag; it goes back to what it was when the last of them is detached."""
+    passing: bool = False
+    """A training alone needs it: a fold takes it back."""
 
     @property
     def slot(self) -> str:
@@ -162,8 +167,14 @@ class SetAttribute:
         setattr(layer, self.attribute, value)
 
     def fold(self, root: nn.Module) -> nn.Module:
-        """The value stays; what stood there before is forgotten."""
-        root.get_submodule(self.layer).__dict__.pop(_HELD, None)
+        """The value stays, unless a training alone needs it; what stood there before is forgotten."""
+        layer = root.get_submodule(self.layer)
+        if self.passing:
+            self.undo(root)
+        elif (held := layer.__dict__.get(_HELD)) is not None:
+            held.pop(self.attribute, None)
+            if not held:
+                del layer.__dict__[_HELD]
         return root
 
     def attached(self, root: nn.Module) -> nn.Module | None:
@@ -171,4 +182,40 @@ class SetAttribute:
         return self.value if isinstance(self.value, nn.Module) else None
 
 
-Edit = Replace | AddGate | SetAttribute
+@dataclass
+class AddModule:
+    """Give a layer a sub-module that is never run: a place for state that belongs to the layer."""
+
+    layer: str
+    module: nn.Module
+    name: str
+    what: str = ""
+
+    @property
+    def slot(self) -> str:
+        """What this edit occupies: the name of the sub-module."""
+        return f"{self.layer}.{self.name}".lstrip(".")
+
+    def apply(self, root: nn.Module) -> None:
+        """Make the change in `root`; PlugError when the layer has something of that name already."""
+        layer = root.get_submodule(self.layer)
+        if hasattr(layer, self.name):
+            raise PlugError(f"{type(layer).__name__} has something named {self.name!r} already")
+        self.module.train(layer.training)
+        layer.add_module(self.name, self.module)
+
+    def undo(self, root: nn.Module) -> None:
+        """Take it away."""
+        del root.get_submodule(self.layer)._modules[self.name]
+
+    def fold(self, root: nn.Module) -> nn.Module:
+        """State of a plug is not needed any more."""
+        self.undo(root)
+        return root
+
+    def attached(self, root: nn.Module) -> nn.Module:
+        """The module that came in."""
+        return root.get_submodule(self.slot)
+
+
+Edit = Replace | AddGate | SetAttribute | AddModule

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from gateplug.core.edit import AddGate
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.gate import Foldable, Folded, Gate
+from gateplug.core.hook import drop_training_hooks
 from gateplug.core.objective import Objective
 from gateplug.core.record import all_records, forget
 from gateplug.core.strip import strip
@@ -38,13 +39,15 @@ def fold(module: nn.Module) -> nn.Module:
         PlugError: a LightningModule without a forward of its own holds parameters in several sub-modules.
     """
     folded = copy.deepcopy(_without_run(module))
+    drop_training_hooks(folded)
     records = all_records(folded)
     gates: dict[type[Gate], list[Folded]] = {}
-    for record in records:
-        for name, part, piece in record.pieces:
+    # from the last to the first: of several gates on a layer, the one that came first stays next to it
+    for record in reversed(records):
+        for name, part, piece in reversed(record.pieces):
             gate = piece.edit.attached(part) if isinstance(piece.edit, AddGate) else None
             if isinstance(gate, Gate):
-                gates.setdefault(type(gate), []).append(Folded(name, gate, record.arguments))
+                gates.setdefault(type(gate), []).insert(0, Folded(name, gate, record.arguments))
             new = piece.edit.fold(part)
             folded = new if part is folded else _swap(folded, part, new)
     forget(folded)

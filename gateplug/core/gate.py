@@ -41,7 +41,24 @@ class Foldable(nn.Module):
         return self
 
 
-class Gate(Foldable):
+class Reshaped(nn.Module):
+    """A module that a plug brings and whose shape a training may change: it takes the shape that a checkpoint has for it."""
+
+    def before_load(self, state: dict[str, Tensor], name: str) -> None:
+        """Take the shape that a checkpoint has for this module, just before the strict load of its weights.
+
+        Args:
+            state: the checkpoint's state dict, whole.
+            name: this module's name in it.
+        """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # torch asks a module before its children, so what grows here is loaded
+        self.before_load(state_dict, prefix.removesuffix("."))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Gate(Foldable, Reshaped):
     """Base of every gate.
 
     A gate whose openness depends on the data calls :meth:`record` in its forward; it costs nothing unless somebody (the
@@ -53,6 +70,8 @@ class Gate(Foldable):
     axes: ClassVar[tuple[str, ...]] = ("unit",)
     whole: ClassVar[bool] = False
     """The gate takes and returns a layer's whole output, whatever its form, and not its first tensor alone."""
+    before: ClassVar[bool] = False
+    """The gate stands on what a layer is called with, and not on what it returns."""
     recording: bool = False
     injection: Injection | None = None
     """Where a plug with a loss term deep in the network puts it in; None outside of a training."""
@@ -84,14 +103,6 @@ class Gate(Foldable):
         """Forget what was recorded."""
         self._sum, self._rows = None, 0
 
-    def before_load(self, state: dict[str, Tensor], name: str) -> None:
-        """Take the shape that a checkpoint has for this gate, just before the strict load of its weights.
-
-        Args:
-            state: the checkpoint's state dict, whole.
-            name: this gate's name in it.
-        """
-
     def folded(self) -> nn.Module:
         """The module that stays in the place of this gate: itself, recording off."""
         self.recording, self.injection = False, None
@@ -110,8 +121,24 @@ class Gate(Foldable):
         return network
 
     def fold(self, layer: nn.Module) -> nn.Module:
-        """The plain module that computes what `layer` with this gate on its output computes in eval mode."""
-        return nn.Sequential(OrderedDict(layer=layer, gate=self.folded()))
+        """The plain module that computes what `layer` with this gate on its output (or input) computes in eval mode."""
+        parts = [("layer", layer), ("gate", self.folded())]
+        return nn.Sequential(OrderedDict(parts[::-1] if self.before else parts))
+
+
+class RunBefore:
+    """Forward pre-hook that sends what a layer is called with, its first argument, through the layer's own gate."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments with the first one gated."""
+        gate = layer._modules[self.name]
+        assert isinstance(gate, Gate)
+        if not args or not isinstance(args[0], Tensor):
+            raise TypeError(f"a gate before a {type(layer).__name__} needs it to be called with a tensor by position")
+        return (gate(args[0]), *args[1:])
 
 
 class RunGate:

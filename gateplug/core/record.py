@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gateplug.core.compiled import forget_compiled
-from gateplug.core.edit import AddGate, Edit, Replace, SetAttribute
+from gateplug.core.edit import AddGate, AddModule, Edit, Replace, SetAttribute
 from gateplug.core.errors import PlugError
 
 _SLOT = "_gateplug_pieces"
@@ -46,8 +46,8 @@ class Record:
     @property
     def layers(self) -> dict[str, str]:
         """What was done, by the layer's name; flags that were only set along with it are left out."""
-        named = ((p.edit.slot if not isinstance(p.edit, AddGate) else "", name, p.edit.what) for name, _, p in self.pieces)
-        return {join(name, slot): what for slot, name, what in named if what}
+        edits = [(name, piece.edit) for name, _, piece in self.pieces if piece.edit.what]
+        return {join(name, "" if isinstance(e, AddGate | AddModule) else e.slot): e.what for name, e in edits}
 
     def attached(self) -> list[tuple[str, nn.Module]]:
         """Modules that came in, by their names in the model."""
@@ -157,10 +157,17 @@ def _localise(model: nn.Module, edit: Edit) -> list[tuple[nn.Module, Edit]]:
     return [(parent, replace(edit, layer=name)) for parent, name in slots]
 
 
+def _two_gates(one: Edit, other: Edit) -> bool:
+    """Gates of two methods, which may stand on one layer."""
+    return isinstance(one, AddGate) and isinstance(other, AddGate) and one.gate.room != other.gate.room
+
+
 def _check_free(module: nn.Module, local: Edit, edit: Edit, plug: str, key: str) -> None:
     if isinstance(local, SetAttribute) and local.shared:
         return
     for other in module.__dict__.get(_SLOT, ()):
+        if _two_gates(local, other.edit):  # the second takes the name of its room
+            continue
         if other.key != key and other.edit.slot == local.slot:
             raise PlugError(
                 f"{plug} and {other.plug} both change {edit.slot!r}: give them different layers with `layers=`, or leave one out"

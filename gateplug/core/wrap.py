@@ -40,13 +40,16 @@ class Wrapped:
         return self.layers[depth - 1][1](lambda *a, **k: self._call(depth - 1, a, k), *args, **kwargs)
 
 
-def wrap(instance: nn.Module, name: str, owner: object, around: Around) -> None:
-    """Put `around` about the hook `name` of `instance`; a second call by the same owner changes nothing."""
+def wrap(instance: nn.Module, name: str, owner: object, around: Around, innermost: bool = False) -> None:
+    """Put `around` about the hook `name` of `instance`; a second call by the same owner changes nothing.
+
+    It goes around what is there already, or, `innermost`, next to the hook itself.
+    """
     wrapped = instance.__dict__.get(name)
     if not isinstance(wrapped, Wrapped):
         wrapped = instance.__dict__[name] = Wrapped(instance, name)
     if all(other is not owner for other, _ in wrapped.layers):
-        wrapped.layers.append((owner, around))
+        wrapped.layers.insert(0 if innermost else len(wrapped.layers), (owner, around))
 
 
 def unwrap(instance: nn.Module, owner: object) -> None:

@@ -9,6 +9,7 @@ from gateplug.data.order import EpochIndex, EpochSampler
 from gateplug.data.overlay import OverlaidImages
 from gateplug.data.randomness import permutation, sample_keys, uniform
 from gateplug.data.ratings import Ratings
+from gateplug.data.stream import TaskStream
 from gateplug.data.synthetic import SyntheticTasks
 from gateplug.data.text import TextData
 
@@ -28,6 +29,7 @@ __all__ = [
     "RandomFlip",
     "Ratings",
     "SyntheticTasks",
+    "TaskStream",
     "TextData",
     "exact_loader",
     "permutation",

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gateplug.core.local import local_copy
 from gateplug.data.module import ExactDataModule, Split, TaskRows, as_it_is, check_limits, cut, limited, parts
-from gateplug.data.source import listed, local_copy
+from gateplug.data.source import listed
 
 FILES = ("ratings.csv", "ratings.dat", "u.data")  # the releases from 2014 on; 1M and 10M; 100k
 COLUMNS = ("userId", "movieId", "rating", "timestamp")

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gateplug.core.local import local_copy
+
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what save_to_disk leaves
 
@@ -44,17 +46,6 @@ def find_files(folder: Path, owner: str) -> list[Path]:
             f"Dataset.save_to_disk; found: {listed([p.name for p in found])}."
         )
     return files
-
-
-def local_copy(name: str) -> Path | None:
-    """The folder under ``GATEPLUG_DATA`` that holds a copy of a hub id: the id itself, or its last part."""
-    if not (root := os.environ.get("GATEPLUG_DATA")):
-        return None
-    last = name.rsplit("/", 1)[-1]
-    for candidate in (name, last, last.replace("-", "_")):
-        if (folder := Path(root) / candidate).is_dir():
-            return folder
-    return None
 
 
 def load_splits(owner: str, name: str | None, path: str | None, config: str | None) -> tuple[dict[str, Any], Path | None]:

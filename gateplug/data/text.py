@@ -38,7 +38,7 @@ class TextData(ExactDataModule):
             instead of the hub. ``python-stdlib``: the sources of Python's standard library, which need no download.
         path: Local folder of parquet, arrow, csv or json files, or one that ``save_to_disk`` wrote.
         config: Configuration of the hub data set.
-        tokenizer: Folder or hub id of a Hugging Face tokenizer, or ``"bytes"`` (384 ids, no file).
+        tokenizer: Folder or hub id of a Hugging Face tokenizer (or a copy under ``GATEPLUG_DATA``), or ``"bytes"`` (384 ids).
         task: What to learn, see above.
         text: Column of the texts.
         text_pair: Column of second texts, for classification; None: there is none.

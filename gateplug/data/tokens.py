@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gateplug.core.local import folder_or_id
+
 Ids = NDArray[np.int32]
 
 
@@ -90,7 +92,7 @@ class HubTokens:
     """A Hugging Face tokenizer behind the same interface.
 
     Args:
-        source: Folder or hub id.
+        source: Folder or hub id; a copy under ``GATEPLUG_DATA`` is preferred to the hub.
 
     Raises:
         FileNotFoundError: If there is no tokenizer there.
@@ -101,7 +103,7 @@ class HubTokens:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder_or_id(source))
         except (OSError, ValueError) as error:
             there = Path(source)
             found = f"the folder has {', '.join(sorted(p.name for p in there.iterdir())) or 'no file'}" if there.is_dir() else ""

@@ -10,8 +10,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from gateplug.core.batches import Call, labels_of, rows_of
 from gateplug.core.cost import counted_macs
-from gateplug.early_exit.batches import Call, labels_of, rows_of
 from gateplug.early_exit.latency import exit_times
 from gateplug.early_exit.operating import check_target
 from gateplug.early_exit.thresholds import fit_threshold

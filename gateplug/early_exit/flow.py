@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
-from gateplug.early_exit.batches import rows_of
+from gateplug.core.batches import rows_of
 
 if TYPE_CHECKING:
     from gateplug.early_exit.stages import Stages

@@ -10,14 +10,14 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gateplug.core.batches import Call, first_sample, labels_of, logits_of
 from gateplug.core.cost import still
 from gateplug.core.errors import PlugError
+from gateplug.core.frozen import Frozen
 from gateplug.core.plug import Plug
-from gateplug.early_exit.batches import Call, first_sample, labels_of, logits_of
 from gateplug.early_exit.branch import ExitBranch, Reading, last_places
 from gateplug.early_exit.conformal import VARIANTS, conformal_thresholds
 from gateplug.early_exit.costs import exit_costs
-from gateplug.early_exit.frozen import Frozen
 from gateplug.early_exit.latency import exit_times
 from gateplug.early_exit.runner import ExitRunner
 from gateplug.early_exit.schedule import Phase, Schedule

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gateplug.core.batches import Call, rows_of
 from gateplug.core.cost import timed
 from gateplug.core.errors import whole_numbers
-from gateplug.early_exit.batches import Call, rows_of
 from gateplug.early_exit.decision import Decision, Leaving
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from gateplug.core.batches import Call
 from gateplug.core.cost import still
 from gateplug.core.errors import PlugError
 from gateplug.core.figure import heat_map, save
 from gateplug.core.table import print_table
-from gateplug.early_exit.batches import Call
 from gateplug.early_exit.diagrams import draw_latency, draw_reliability
 from gateplug.early_exit.latency import Point, Target, Times, dear_exits, exit_times, measured_points
 from gateplug.early_exit.operating import SHARES, at_equal_cost, dearest, draw, write_csv, write_latency

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gateplug.core.batches import logits_of
 from gateplug.core.errors import PlugError, nearest, real_numbers
-from gateplug.early_exit.batches import logits_of
 from gateplug.early_exit.branch import ExitBranch
 from gateplug.early_exit.decision import Decision
 from gateplug.early_exit.flow import Flow

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from gateplug.core.batches import Call, holds_rows, logits_of, rows_of
 from gateplug.core.errors import PlugError
-from gateplug.early_exit.batches import Call, holds_rows, logits_of, rows_of
 from gateplug.early_exit.branch import ExitBranch, Reading, last_places
 from gateplug.early_exit.flow import Flow
 from gateplug.early_exit.stacks import Stack, find_stack

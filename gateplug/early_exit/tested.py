@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gateplug.early_exit.batches import labels_of
+from gateplug.core.batches import labels_of
 from gateplug.early_exit.calibration import calibration_error
 from gateplug.early_exit.conformal import conformal_sets, quality
 from gateplug.early_exit.metrics import Pooled

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
-from gateplug.early_exit.batches import logits_of
+from gateplug.core.batches import logits_of
 from gateplug.early_exit.branch import Reading, last_places
 from gateplug.early_exit.flow import Given, standing_in
 from gateplug.early_exit.stages import Stages

@@ -11,10 +11,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from gateplug.core.batches import labels_of
 from gateplug.core.errors import PlugError
 from gateplug.core.graph import keep
 from gateplug.core.wrap import unwrap
-from gateplug.early_exit.batches import labels_of
 from gateplug.early_exit.functional import best_exit, exit_probabilities
 from gateplug.early_exit.leaving import LeavingExits
 from gateplug.early_exit.losses import gate_loss, gate_targets, inference_loss, warmup_loss

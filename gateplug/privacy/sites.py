@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from gateplug.core.activations import ACTIVATIONS, ATTRIBUTES, activation_name, is_activation
+from gateplug.core.gate import Gate
 
 _POOLERS = ("pooler", "pooling")
 """Modules that squash a summary of a text; their tanh is no hidden activation."""
@@ -151,14 +152,15 @@ class _Leave:
 def calls_of(root: nn.Module, old: Old, own: Iterable[nn.Module] = ()) -> Iterator[list[str]]:
     """While this lasts, note the names of the modules of `root` in whose own forward the functional form of `old` is called.
 
-    Calls by an activation module itself are not noted, such a module is a site; nor are those by the modules in `own`.
+    Calls by an activation module itself are not noted, such a module is a site; nor are those by gates and the modules in `own`.
     """
     inside = {id(m) for module in own for m in module.modules()}
     names = _FUNCTIONAL.get(old.function or "", set())
     stack: list[str | None] = []
     handles: list[RemovableHandle] = []
     for name, module in root.named_modules():
-        noted = None if is_activation(module) or id(module) in inside else name
+        # what a gate computes of its own parameters is no activation of the network
+        noted = None if is_activation(module) or isinstance(module, Gate) or id(module) in inside else name
         handles.append(module.register_forward_pre_hook(_Enter(stack, noted)))
         handles.append(module.register_forward_hook(_Leave(stack), always_call=True))
     mode = _Calls(names, stack)

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from gateplug.core.local import folder_or_id
+
 Head = Literal["image-classification", "sequence-classification", "causal-lm", "masked-lm", "seq2seq-lm", "backbone"]
 AUTO_CLASS: dict[str, str] = {
     "image-classification": "AutoModelForImageClassification",
@@ -35,7 +37,8 @@ def hf_model(
         architecture: Model type in transformers: ``vit``, ``bert``, ``gpt2``, ``t5``, ``resnet`` … Optional with
             ``pretrained``, where it is a check.
         head: What the network ends in. ``backbone`` has no head.
-        pretrained: Folder of a checkpoint (``config.json`` and weights), or its id on the Hugging Face hub.
+        pretrained: Folder of a checkpoint (``config.json`` and weights), or its id on the Hugging Face hub; a folder of that
+            name, or of its last part, under the environment variable ``GATEPLUG_DATA`` is used instead of the hub.
         config: Values of the architecture's config that differ from its defaults (or from the checkpoint's).
         num_labels: Number of outputs of a classification head. A checkpoint with another number gets a fresh head.
 
@@ -63,6 +66,7 @@ def hf_model(
     if pretrained is None:
         settings = _fresh_config(architecture, overrides)
     else:
+        pretrained = folder_or_id(pretrained)
         settings = _stored_config(pretrained, architecture, overrides)
     if type(settings) not in auto._model_mapping:
         heads = [h for h, name in AUTO_CLASS.items() if type(settings) in getattr(transformers, name)._model_mapping]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gateplug as gp
+from gateplug.core.batches import logits_of
 from gateplug.early_exit import functional as E
-from gateplug.early_exit.batches import logits_of
 from gateplug.early_exit.branch import ExitBranch, last_places
 from gateplug.early_exit.costs import exit_costs
 from gateplug.early_exit.flow import Flow

@@ -362,7 +362,7 @@ def test_batches_without_classes_are_refused(tmp_path: Path) -> None:
     x, _ = digits(16)[:]
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.randn(16)), batch_size=8)
     with pytest.raises(
-        ValueError, match=r"the class of each sample, and the batch's labels are of shape \(8,\) and torch.float32"
+        ValueError, match=r"the class of each sample is needed, and the batch's labels are of shape \(8,\) and torch.float32"
     ):
         trainer(tmp_path, callbacks=[early()], max_epochs=1).fit(Numbers(), data)
 

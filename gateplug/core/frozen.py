@@ -17,8 +17,12 @@ class Frozen:
     def hold(self, net: nn.Module, but: Iterable[nn.Module]) -> None:
         """No gradient for the parameters of `net`, those of `but` left out."""
         kept = {id(p) for part in but for p in part.parameters()}
-        for p in net.parameters():
-            if id(p) not in kept and p.requires_grad:
+        self.keep(p for p in net.parameters() if id(p) not in kept)
+
+    def keep(self, parameters: Iterable[nn.Parameter]) -> None:
+        """No gradient for these."""
+        for p in parameters:
+            if p.requires_grad:
                 p.requires_grad_(False)
                 self._parameters.append(p)
 

@@ -28,7 +28,7 @@ def labels_of(batch: Any) -> Tensor:
         if isinstance(found, Tensor):
             what = f"of shape {tuple(found.shape)} and {found.dtype}"
         raise ValueError(
-            f"EarlyExit needs the class of each sample, and the batch's labels are {what}. They must be whole numbers (B,), "
+            f"the class of each sample is needed, and the batch's labels are {what}. They must be whole numbers (B,), "
             "under the batch's key 'labels' or the last part of (inputs, labels)"
         )
     return found
@@ -74,6 +74,6 @@ def logits_of(out: Any) -> Tensor:
     if not isinstance(found, Tensor) or found.dim() != 2:
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise ValueError(
-            f"EarlyExit needs logits (batch, classes) as what the network returns, or as its `logits`; it returned {what}"
+            f"logits (batch, classes) are needed as what the network returns, or as its `logits`; it returned {what}"
         )
     return found.to(torch.promote_types(found.dtype, torch.float32))
