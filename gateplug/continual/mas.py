@@ -19,9 +19,10 @@ ACCUMULATE = ("mean", "sum")
 class MAS(Measured):
     """Memory aware synapses (Aljundi et al. 2018, arXiv 1711.09601).
 
-    At the end of each task Ω_t = mean over samples of |∂ ‖f(x)‖² / ∂θ| is measured, f(x) the logits of one sample, in eval mode;
-    no label is needed. It is averaged over the tasks, Ω ← (t Ω + Ω_t) / (t + 1), and the loss has a further term
-    λ/2 Σ Ω (θ − θ*)², θ* the parameters after the last task. All trainable parameters count; memory is two numbers a parameter.
+    At the end of each task Ω_t is measured, the mean over samples of the absolute value of ∂ ‖f(x)‖² / ∂θ, f(x) the logits of
+    one sample, in eval mode; no label is needed. It is averaged over the tasks, Ω ← (t Ω + Ω_t) / (t + 1), and the loss has a
+    further term λ/2 Σ Ω (θ − θ*)², θ* the parameters after the last task. All trainable parameters count; memory is two numbers
+    a parameter.
 
     By hand, without a Trainer: `loss = mas.total_loss(net, loss)` in each step, `mas.consolidate(net, batches)` after each task.
 

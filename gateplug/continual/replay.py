@@ -27,9 +27,9 @@ class Replay(TaskPlug):
     A buffer of M samples holds a uniform draw of all training samples that the stream has given so far (reservoir). In each step
     a batch is drawn from it, before the samples of the step enter, and the loss has a further term:
 
-        er       the module's own loss of the drawn batch, weight 1
-        der++    α · mean (z − z_entry)² of one draw + β · the module's own loss of another one, z_entry the logits that the
-                 network gave in training when the sample entered, mean over samples and classes
+    - `er`: the module's own loss of the drawn batch, weight 1;
+    - `der++`: α · mean (z − z_entry)² of one draw + β · the module's own loss of another one, z_entry the logits that the network
+      gave in training when the sample entered, mean over samples and classes.
 
     The module's own loss is that of its `training_step`, which logs nothing there. The network runs on a drawn batch in training
     mode: dropout is drawn anew, BatchNorm sees that batch by itself and its statistics follow it as well, and what other plugs
