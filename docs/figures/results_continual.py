@@ -38,7 +38,7 @@ RECIPE = {
 }
 FASHION = {"class_path": "ImageData", "init_args": {"name": "zalando-datasets/fashion_mnist", "mode": "L", "batch_size": 128}}
 WEIGHTS: dict[str, dict[str, dict[str, Any]]] = {
-    "digits": {"ewc": {"weight": 10000.0}, "si": {"weight": 1.0}, "mas": {"weight": 0.1}},
+    "digits": {"ewc": {"weight": 20000.0}, "si": {"weight": 0.1, "xi": 1e-3}, "mas": {"weight": 0.01}},
     "fashion": {"ewc": {"weight": 1000.0}, "si": {"weight": 1.0}, "mas": {"weight": 1.0}},
     "text": {"ewc": {"weight": 1000.0}, "si": {"weight": 1.0}, "mas": {"weight": 1.0}},
 }

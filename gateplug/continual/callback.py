@@ -17,7 +17,7 @@ from gateplug.core.errors import PlugError, listed, nearest, real_numbers, whole
 from gateplug.core.optim import GroupOptions
 from gateplug.core.select import Layers
 
-RELEVANCES = ("neuron", "parameter", "none")
+RELEVANCES = ("neuron", "parameter", "activity", "none")
 OBSTRUCT = ("update", "grad", "none")
 OTHERS = ("auto", "obstructed", "frozen", "free")
 BN = ("per_context", "shared", "refuse")
@@ -32,7 +32,8 @@ class GateON(TrainedContexts):
 
     Args:
         relevance: of what it is estimated: `neuron` (n-GateON), `parameter` (p-GateON: less forgetting, two numbers more to keep
-            for each weight), or `none`: gates alone.
+            for each weight), `activity` (how active a unit is, without its gradient: what the official code does in
+            convolutions), or `none`: gates alone.
         contexts: how many there may be, with gates from the start; None: as many as come, each with gates when it comes.
         obstruct: `update`: an update is let through in part, exact for every optimizer; `grad`: the gradient is made smaller and
             the optimizer's state of these parameters dropped at each switch, as in the official code; `none`: neither.
@@ -65,7 +66,7 @@ class GateON(TrainedContexts):
 
     def __init__(
         self,
-        relevance: Literal["neuron", "parameter", "none"] = "neuron",
+        relevance: Literal["neuron", "parameter", "activity", "none"] = "neuron",
         contexts: int | None = None,
         obstruct: Literal["update", "grad", "none"] = "update",
         eta: float = 0.01,

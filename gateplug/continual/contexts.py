@@ -13,6 +13,7 @@ from gateplug.continual.guards import Guards
 from gateplug.continual.layers import Availability, ContextGate
 from gateplug.continual.norms import ContextStatistics
 from gateplug.continual.obstruction import Obstruction, guarded
+from gateplug.continual.plan import UNITS
 from gateplug.continual.relevance import Listener
 from gateplug.core.errors import PlugError, listed
 from gateplug.core.frozen import Frozen
@@ -185,8 +186,9 @@ class Contexts(TaskPlug):
             raise PlugError("LBFGS moves the parameters several times in one step, and GateON stands around a step: use another")
         check_trained([optimizer], self.parameters(module), type(self).__name__)
         self._freeze()
-        if self.relevance == "neuron":
-            self._listener = Listener([(gate, self._heard(module, gate)) for gate in self._gates])
+        if self.relevance in UNITS:
+            heard = [(gate, self._heard(module, gate)) for gate in self._gates]
+            self._listener = Listener(heard, self.relevance == "activity")
         self._optimizer = optimizer
         self._obstruction = Obstruction(guarded(self._gates, self._guards), self.obstruct)
         self._obstruction.prepare()

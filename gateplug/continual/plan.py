@@ -17,6 +17,9 @@ from gateplug.core.errors import PlugError, listed
 from gateplug.core.fresh import seeded
 from gateplug.core.record import all_records
 
+UNITS = ("neuron", "activity")
+"""Relevances that are estimated of units, and not of single weights."""
+
 
 class Options(NamedTuple):
     """What GateON was asked for, as far as it decides what is attached."""
@@ -62,7 +65,7 @@ def edits(module: nn.Module, units: list[Site], heads: list[Attention], sites: S
     Raises:
         PlugError: the activation behind a layer cannot be listened to.
     """
-    neuron = options.relevance == "neuron"
+    neuron = options.relevance in UNITS
     shared: dict[nn.Parameter, Availability] = {}
     owned: set[int] = set()
     taken = _taken(module)
@@ -117,7 +120,7 @@ def _gate(
         raise PlugError(f"{name} is on the meta device: attach GateON after its weights are made, e.g. in configure_model")
     with seeded(name, first):
         seed = int(torch.randint(2**62, ()))
-    gate = kind(units, options.contexts, options.open_share, seed, trailing, repeat, options.relevance == "neuron")
+    gate = kind(units, options.contexts, options.open_share, seed, trailing, repeat, options.relevance in UNITS)
     return gate.to(first.device)
 
 

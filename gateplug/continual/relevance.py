@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gateplug.continual.layers import Availability, ContextGate, HeadGate
 from gateplug.core.hook import TrainingHook
+from gateplug.core.objective import in_backward
 from gateplug.core.processes import world_size
 
 
@@ -26,9 +27,11 @@ class Listener:
 
     Args:
         gates: with the modules whose outputs are the activations; None: the gate's own output.
+        activity: |h| instead, without any gradient: what the official code does for convolutions.
     """
 
-    def __init__(self, gates: Sequence[tuple[ContextGate, nn.Module | None]]) -> None:
+    def __init__(self, gates: Sequence[tuple[ContextGate, nn.Module | None]], activity: bool = False) -> None:
+        self.activity = activity
         self.samples = 0
         """Of the batch that runs; 0: as many as the activations have rows."""
         self.mask: Tensor | None = None
@@ -85,7 +88,13 @@ class Listener:
 
     def _hear(self, gate: ContextGate, h: Tensor) -> None:
         # of a layer that activation checkpointing runs twice, one run has no gradient or is not what backward goes through
-        if gate.training and h.requires_grad:
+        if self.activity:
+            if gate.training and not in_backward():
+                values = h.detach().float().abs()
+                if isinstance(gate, HeadGate):
+                    values = values.reshape(*values.shape[:-1], gate.units, gate.repeat).mean(-1)
+                self._add(gate, h, values, 1)
+        elif gate.training and h.requires_grad:
             h.register_hook(partial(self._take, gate, h.detach(), h._version))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -100,14 +109,17 @@ class Listener:
         product = h.float() * grad.float()
         if isinstance(gate, HeadGate):
             product = product.reshape(*product.shape[:-1], gate.units, gate.repeat).sum(-1)
+        self._add(gate, product, product.square_(), (self.samples or len(h)) ** 2)
+
+    def _add(self, gate: ContextGate, h: Tensor, values: Tensor, factor: int) -> None:
+        """Sum values (B, …, n) over samples, tokens and positions."""
         if gate.trailing:
             # (B, n, …), also where positions were flattened into the units: (B, n · …)
-            product = product.reshape(len(h), gate.units, -1).movedim(1, -1)
-        squares = product.square_()
-        rows: Tensor | int = squares[..., 0].numel()
-        if self.mask is not None and not gate.trailing and squares.shape[:-1] == self.mask.shape:
-            squares, rows = squares * self.mask[..., None].to(squares), self.mask.sum()
-        total = squares.reshape(-1, gate.units).sum(0) * (self.samples or len(h)) ** 2
+            values = values.reshape(len(h), gate.units, -1).movedim(1, -1)
+        rows: Tensor | int = values[..., 0].numel()
+        if self.mask is not None and not gate.trailing and values.shape[:-1] == self.mask.shape:
+            values, rows = values * self.mask[..., None].to(values), self.mask.sum()
+        total = values.reshape(-1, gate.units).sum(0) * factor
         self._sums[gate] = self._sums[gate] + total if gate in self._sums else total
         self._rows[gate] = self._rows.get(gate, 0) + rows
 

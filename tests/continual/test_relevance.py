@@ -511,3 +511,23 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert sum(".rows." in k for k in one) == 6
         for key in one:
             assert torch.allclose(one[key], two[key], rtol=0, atol=1e-5), (relevance, key)
+
+
+# ---------------------------------------------------------------------- how active a unit is
+
+
+def test_activity_is_the_mean_of_what_a_unit_gives() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 4))
+    plug = gp.GateON(relevance="activity")
+    plug.attach(net)
+    x, y = torch.randn(5, 1, 6, 6), torch.randint(0, 4, (5,))
+    want = {"0": net[:2](x).mean((0, 2, 3)), "3": net[:5](x).mean(0)}
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    plug.follow(net, optimizer)
+    with Spy() as spy:
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    found = plug.availabilities()
+    for name, mean in want.items():
+        assert torch.allclose(spy.of(found[name]), over_mean(mean.detach()), rtol=1e-5)
