@@ -73,7 +73,7 @@ def draw_curves(values: Tensor, measured: Sequence[bool]) -> Figure:
     lines["the first task"] = [float(values[i, 0]) for i in at]
     for name, line in lines.items():
         axes.plot([i + 1 for i in at], line, marker="." if len(at) < 40 else None, label=name)
-    axes.set_xlabel("tasks trained")
+    axes.set_xlabel("tasks trained" if square else "stretches trained")
     axes.set_ylabel("accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

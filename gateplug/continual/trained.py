@@ -55,6 +55,14 @@ class TrainedContexts(EvaluatedContexts):
                 f"GateON holds whole parameters back, and {type(trainer.strategy).__name__} cuts them into pieces: use one "
                 "device, or ddp"
             )
+        stream = stream_of(trainer)
+        tasks = 0 if stream is None else len(set(stream.train_tasks()))
+        found = any(type(c).__name__ == "ContextDetector" for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if self.contexts is not None and tasks > self.contexts and not found and trainer.state.fn == "fit":
+            raise PlugError(
+                f"GateON(contexts={self.contexts}): the stream has {tasks} tasks, each of which needs a context. Allow "
+                "as many, or contexts=None for as many as come"
+            )
         norms = list(batch_norms(module))
         if norms and getattr(trainer.strategy, "_layer_sync", None) is not None:
             raise PlugError(

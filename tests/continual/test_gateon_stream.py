@@ -95,9 +95,11 @@ def test_a_task_that_comes_again_finds_its_context(tmp_path: Path) -> None:
     assert {len(g.rows) for g in plug.gates(module).values()} == {3}
 
 
-def test_more_tasks_than_contexts_are_refused(tmp_path: Path) -> None:
+def test_more_contexts_than_there_may_be_are_refused(tmp_path: Path) -> None:
+    plug, module = gp.GateON(contexts=2), seeded(Learner)
+    train([plug], tmp_path, module, stream(2, 2))
     with pytest.raises(gp.PlugError, match=r"contexts=2\): context 2 would be one too many"):
-        train([gp.GateON(contexts=2)], tmp_path)
+        plug.switch(module, 2)
 
 
 def test_batches_may_name_their_task(tmp_path: Path) -> None:
@@ -345,3 +347,12 @@ def test_it_forgets_less(relevance: Any, tmp_path: Path) -> None:
     mean = [sum(a) / 3 for a in (with_it, without)]
     assert mean[0] > mean[1] + 0.25, (with_it, without)
     assert with_it[0] > without[0] + 0.4, (with_it, without)
+
+
+def test_a_stream_of_more_tasks_than_contexts_is_refused_before_it_begins(tmp_path: Path) -> None:
+    module = seeded(Learner)
+    names = list(module.state_dict())
+    with pytest.raises(gp.PlugError, match="the stream has 3 tasks, each of which needs a context"):
+        train([gp.GateON(contexts=2)], tmp_path, module, stream(3, 2))
+    assert list(module.state_dict()) == names
+    train([gp.GateON(contexts=2)], tmp_path, module, stream(3, 2, order=[0, 1, 0]))
