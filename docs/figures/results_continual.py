@@ -161,17 +161,16 @@ def mean(runs: Sequence[Run], arm: str, quantity: str) -> float:
 def table(task: str, runs: Sequence[Run]) -> str:
     """ACC and BWT of every arm, with what it takes."""
     shown = {"test/average_accuracy": "test ACC, %", "backward_transfer": "BWT, %", "learning_accuracy": "learning accuracy, %"}
-    head = ["", "context at test", *shown.values(), "time", "more in a checkpoint, MB"]
+    head = ["", "context at test", *shown.values(), "more in a checkpoint, MB"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm in ARMS[task]:
         if not any(r["arm"] == arm for r in runs):
             continue
         found = [[100 * r[name] for r in runs if r["arm"] == arm and name in r] for name in shown]
         columns = [cell(numbers, 1) if numbers else "" for numbers in found]
-        time_ = mean(runs, arm, "seconds") / mean(runs, "fine_tuning", "seconds")
         size = (mean(runs, arm, "bytes") - mean(runs, "fine_tuning", "bytes")) / 1e6
         told = "yes" if arm in NEEDS else "no"
-        lines.append(f"| {NAMES[arm]} | {told} | {' | '.join(columns)} | {time_:.1f} | {size:.2f} |")
+        lines.append(f"| {NAMES[arm]} | {told} | {' | '.join(columns)} | {size:.2f} |")
     return "\n".join(lines)
 
 
