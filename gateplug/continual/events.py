@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,8 +87,13 @@ class EventLog:
         print_table("Changes of context", ("batch", "context", "kind", "loss", "usual loss"), rows)
         if self._counts:
             found = detection([e.step for e in self.events], self.switches, tolerance)
-            values = (*found[:3], f"{found.delay:.1f}", f"{float(purity(self.table())):.1%}")
+            pure = float(purity(self.table()))
+            values = (*found[:3], f"{found.delay:.1f}", f"{pure:.1%}")
             print_table("Against the stream's tasks", ("found", "missed", "false alarms", "delay (batches)", "purity"), [values])
+            known = {name: float(value) for name, value in {**found._asdict(), "purity": pure}.items() if not math.isnan(value)}
+            figures = {f"continual/detector/{name}": value for name, value in known.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def state_dict(self) -> dict[str, Any]:
         """As plain Python."""

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,6 +98,14 @@ def test_it_finds_a_new_task_and_one_that_comes_again(tmp_path: Path) -> None:
     lines = list(csv.reader((Path(logger.log_dir) / "contexts.csv").open()))
     assert lines[0] == ["step", "from", "to", "kind", "loss", "mean", "ratio"]
     assert [line[:4] for line in lines[1:]] == [["60", "0", "1", "new"], ["120", "1", "0", "return"]]
+    board = EventAccumulator(logger.log_dir)
+    board.Reload()
+    scalars = {name: board.Scalars(name)[-1].value for name in board.Tags()["scalars"] if name.startswith("continual/detector")}
+    assert scalars == {
+        "continual/detector/hits": 2, "continual/detector/misses": 0, "continual/detector/false_alarms": 0,
+        "continual/detector/delay": 0, "continual/detector/purity": 1,
+    }  # fmt: skip
+    assert "continual/contexts/text_summary" in board.Tags()["tensors"]
     found = fit.test(module, data, verbose=False)[0]
     assert found["continual/test/context_accuracy"] == 1
     assert found["test/accuracy"] > 0.85
