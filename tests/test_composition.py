@@ -50,10 +50,14 @@ def test_every_pair_has_a_cell() -> None:
 
 
 def orders(pair: tuple[str, str]) -> dict[tuple[str, str], str]:
-    """Both orders of a pair, and what the cell says of each: together, wrong order, or refused."""
+    """Both orders of a pair, and what the cell says of each: together, wrong order, or refused.
+
+    Where one of two plugs that go together changes nothing in the model, one order stands for both.
+    """
     cell = CELLS[frozenset(pair)]
     if cell == TOGETHER:
-        return {pair: TOGETHER, pair[::-1]: TOGETHER}
+        both = all(CASES[name].plug().attaches for name in pair)
+        return {pair: TOGETHER, **({pair[::-1]: TOGETHER} if both else {})}
     if cell.startswith(TOGETHER):
         first = cell.removeprefix(f"{TOGETHER}, ").removesuffix(" first")
         return {p: TOGETHER if p[0] == first else "wrong order" for p in (pair, pair[::-1])}
