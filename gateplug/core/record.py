@@ -47,7 +47,10 @@ class Record:
     def layers(self) -> dict[str, str]:
         """What was done, by the layer's name; flags that were only set along with it are left out."""
         edits = [(name, piece.edit) for name, _, piece in self.pieces if piece.edit.what]
-        return {join(name, "" if isinstance(e, AddGate | AddModule) else e.slot): e.what for name, e in edits}
+        found: dict[str, list[str]] = {}
+        for name, e in edits:
+            found.setdefault(join(name, "" if isinstance(e, AddGate | AddModule) else e.slot), []).append(e.what)
+        return {name: "; ".join(what) for name, what in found.items()}
 
     def attached(self) -> list[tuple[str, nn.Module]]:
         """Modules that came in, by their names in the model."""

@@ -346,3 +346,14 @@ def test_a_layer_without_an_activation_can_be_named() -> None:
     plug = gp.GateON(layers=["0"])
     plug.attach(net)
     assert list(plug.gates(net)) == ["0.gate"]
+
+
+def test_a_layer_with_a_gate_and_held_weights_says_both() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, num_labels=2
+    )
+    net, plug = BertForSequenceClassification(config), gp.GateON()
+    plug.attach(net)
+    assert plug.describe(net)["bert.encoder.layer.0.attention.output.dense"] == "4 heads of 4; held back weight by weight"
