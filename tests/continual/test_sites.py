@@ -349,8 +349,6 @@ def test_a_layer_without_an_activation_can_be_named() -> None:
 
 
 def test_a_layer_with_a_gate_and_held_weights_says_both() -> None:
-    from transformers import BertConfig, BertForSequenceClassification
-
     config = BertConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, num_labels=2
     )
