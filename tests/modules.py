@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTForImageClassification
 
 import gateplug as gp
+
+BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+"""Of torch.compile: without a C++ compiler everything but the last step, the making of machine code."""
 
 
 class Block(nn.Module):

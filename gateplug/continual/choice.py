@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gateplug.core.answers import Answers, entropy, muted, own_step
+from gateplug.continual.own_steps import run_step
+from gateplug.core.answers import Answers, muted
 from gateplug.core.batches import labels_of
 from gateplug.core.processes import world_size
 
@@ -37,12 +38,11 @@ def choose(
     Returns:
         The context.
     """
-    run = own_step(module, step)
     scores = []
     for context in range(gateon.known):
         gateon.show(module, context)
         with muted(module), torch.no_grad(), Answers(module) as answers:
-            run(*arguments)
+            run_step(module, *arguments, step)
         scores.append(_scored(answers.last.logits, arguments[0], score, labelled))
     found = torch.stack(scores)
     if world_size() > 1:  # all processes choose alike
@@ -66,3 +66,10 @@ def shared(loss: Tensor) -> float:
         dist.all_reduce(value)
         value /= world_size()
     return float(value)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Predictive entropy of each row of logits (B, C), in nats: (B,)."""
+    with torch.no_grad():
+        log_p = logits.float().log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)

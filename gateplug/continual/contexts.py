@@ -49,8 +49,6 @@ class Contexts(TaskPlug):
         self._warned: set[str] = set()
         self._context_of: dict[int, int] = {}
         """Which context a task is trained in."""
-        self._led = False
-        """A detector says which context it is."""
 
     def _settle(self, module: nn.Module) -> None:
         super()._settle(module)

@@ -11,6 +11,11 @@ from gateplug.core.errors import PlugError
 from gateplug.core.stream import Stage, batch_task, eval_task, stream_of
 
 
+def is_led(trainer: Trainer) -> bool:
+    """Whether a detector says which context it is."""
+    return any(type(c).__name__ == "ContextDetector" for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 class EvaluatedContexts(Contexts):
     """What :class:`GateON` does in validation, test and prediction."""
 
@@ -36,8 +41,8 @@ class EvaluatedContexts(Contexts):
         self._evaluate(trainer, pl_module, "test", batch, batch_idx)
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, stage: Stage, batch: Any, batch_idx: int) -> None:
-        if any(type(c).__name__ == "ContextDetector" for c in trainer.callbacks):  # type: ignore[attr-defined]
-            return  # it says which
+        if is_led(trainer):
+            return
         stream = stream_of(trainer)
         task = batch_task(batch) if stream is None else eval_task(stream, stage, batch_idx)
         if task is None:  # nobody says: in a fit what is trained, else what was shown last

@@ -101,3 +101,11 @@ class Masked(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network gives, masked."""
         return self.mask(self.net(*args, **kwargs))
+
+
+def counted(logits: Tensor) -> Tensor:
+    """Which logits count, bool of their shape: those that a mask has not set to −∞ or to half of the least number of their type.
+
+    In float16 that is −32,752, and may have become float32 since.
+    """
+    return logits > -3e4

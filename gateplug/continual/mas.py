@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gateplug.continual.functional import mas_importance
+from gateplug.continual.head_gate import counted
 from gateplug.continual.measured import Measured
 from gateplug.continual.penalty import Tensors, trained
-from gateplug.core.answers import counted
 from gateplug.core.errors import nearest
 
 ACCUMULATE = ("mean", "sum")

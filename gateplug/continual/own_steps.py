@@ -30,7 +30,7 @@ def own_loss(module: nn.Module, batch: Any, number: int = 0) -> Tensor | None:
     if not hasattr(module, "training_step"):
         return F.cross_entropy(logits_of(call(module, inputs_of(batch))), labels_of(batch))
     with muted(module):
-        return loss_of(_step(module, batch, number))
+        return loss_of(run_step(module, batch, number))
 
 
 def answer(module: nn.Module, batch: Any) -> Answer:
@@ -41,7 +41,7 @@ def answer(module: nn.Module, batch: Any) -> Answer:
     """
     with still(module), muted(module), Answers(module) as answers:
         if hasattr(module, "training_step"):
-            _step(module, batch, 0)
+            run_step(module, batch, 0)
         else:
             call(module, inputs_of(batch))
         return answers.last
@@ -74,7 +74,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             gate.recording, gate.injection = recording, injection
 
 
-def _step(module: nn.Module, batch: Any, number: int) -> Any:
-    step = own_step(module)
+def run_step(module: nn.Module, batch: Any, number: int, name: str = "training_step") -> Any:
+    """Call a step of a LightningModule as the user wrote it, with the batch's number if it takes one."""
+    step = own_step(module, name)
     numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     return step(batch, number) if numbered else step(batch)

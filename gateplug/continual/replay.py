@@ -11,9 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gateplug.continual.head_gate import counted
 from gateplug.continual.memory import LOGITS, Memory
 from gateplug.continual.own_steps import own_loss
-from gateplug.core.answers import Answers, counted
+from gateplug.core.answers import Answers
 from gateplug.core.errors import nearest, real_numbers, whole_numbers
 from gateplug.core.stream import TaskPlug, stream_of
 from gateplug.core.table import print_table

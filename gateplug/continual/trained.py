@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gateplug.continual.evaluated import EvaluatedContexts
+from gateplug.continual.evaluated import EvaluatedContexts, is_led
 from gateplug.continual.norms import batch_norms
 from gateplug.continual.report import Usage, draw_contexts, show
 from gateplug.core.errors import PlugError
@@ -57,8 +57,7 @@ class TrainedContexts(EvaluatedContexts):
             )
         stream = stream_of(trainer)
         tasks = 0 if stream is None else len(set(stream.train_tasks()))
-        found = any(type(c).__name__ == "ContextDetector" for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if self.contexts is not None and tasks > self.contexts and not found and trainer.state.fn == "fit":
+        if self.contexts is not None and tasks > self.contexts and not is_led(trainer) and trainer.state.fn == "fit":
             raise PlugError(
                 f"GateON(contexts={self.contexts}): the stream has {tasks} tasks, each of which needs a context. Allow "
                 "as many, or contexts=None for as many as come"
@@ -110,14 +109,13 @@ class TrainedContexts(EvaluatedContexts):
                 for row in gate.rows:
                     dist.broadcast(row.data, 0)
         self.follow(pl_module, trainer.optimizers[0])
-        self._led = any(type(c).__name__ == "ContextDetector" for c in trainer.callbacks)  # type: ignore[attr-defined]
         self._usage = Usage()
 
     # ------------------------------------------------------------------ batches
 
     def on_task_start(self, trainer: Trainer, module: LightningModule, task: int) -> None:
         """The context is the task's, unless a detector finds contexts."""
-        if not self._led:
+        if not is_led(trainer):
             self.enter(trainer, module, self._context_of.setdefault(task, self._next()))
 
     def enter(self, trainer: Trainer, module: LightningModule, context: int) -> None:
@@ -133,7 +131,7 @@ class TrainedContexts(EvaluatedContexts):
         """Take the context of the batch, and what tells tokens from padding."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         task = batch_task(batch)
-        if task is not None and not self._led and stream_of(trainer) is None:
+        if task is not None and stream_of(trainer) is None and not is_led(trainer):
             _agree(task, pl_module)
             context = self._context_of.setdefault(task, self._next())
             if context != self.context and batch_idx % trainer.accumulate_grad_batches:

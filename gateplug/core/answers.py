@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
@@ -127,18 +126,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return [_copied(v) for v in value] if isinstance(value, list) else value
-
-
-def counted(logits: Tensor) -> Tensor:
-    """Which logits count, bool of their shape: those that a mask has not set to −∞ or to half of the least number of their type.
-
-    In float16 that is −32,752, and may have become float32 since.
-    """
-    return logits > -3e4
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Predictive entropy of each row of logits (B, C), in nats: (B,)."""
-    with torch.no_grad():
-        log_p = logits.float().log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1)

@@ -213,3 +213,16 @@ def test_two_processes_notice_together(tmp_path: Path) -> None:
     found = [torch.load(tmp_path / f"{name}.pt", weights_only=True)["events"] for name in ("1.0", "2.0", "2.1")]
     assert found[0] == found[1] == found[2]
     assert [kind for *_, kind in found[0]] == ["new", "return"]
+
+
+def test_a_step_that_takes_no_number_is_tried_as_well(tmp_path: Path) -> None:
+    class Bare(gp.Classifier):
+        def test_step(self, batch: Any) -> None:  # type: ignore[override]
+            super().test_step(batch, 0)
+
+    L.seed_everything(0, verbose=False)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    module, data = Bare(net, 10, lambda p: torch.optim.Adam(p, lr=5e-3)), stream(order=[0, 1])
+    fit = trainer(tmp_path, callbacks=plugs(), max_epochs=1)
+    fit.fit(module, data)
+    assert fit.test(module, data, verbose=False)[0]["continual/test/context_accuracy"] == 1

@@ -18,9 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gateplug as gp
-from gateplug.continual.head_gate import Masked, OutputMask
+from gateplug.continual.head_gate import Masked, OutputMask, counted
 from gateplug.continual.heads import HeadMask
-from gateplug.core.answers import counted
 from gateplug.data.stream import TaskStream
 from tests.ddp import two_processes
 from tests.modules import UserModule, vit
